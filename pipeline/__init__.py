@@ -1,0 +1,1 @@
+"""The study: configuration, stages and driver; `pipeline.algorithms` holds the pure array functions."""

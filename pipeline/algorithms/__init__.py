@@ -1,0 +1,1 @@
+"""Pure functions on arrays (numpy, scipy, torch): no Ray, no files, no configuration files."""

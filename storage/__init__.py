@@ -1,0 +1,1 @@
+"""Everything that touches a file: images, cohorts, the embedding store, tables and transforms."""
