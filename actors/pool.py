@@ -1,0 +1,88 @@
+"""Worker processes on Ray: one generic actor, and a pool that replaces the ones that die.
+
+The actor runs whatever function it is handed, one call at a time, so that a model loaded by one call serves
+the next and the same processes serve every stage. Ray retries nothing here: `pipeline.dispatch` decides what
+is run again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
+
+LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError)
+
+
+class WorkerLostError(RuntimeError):
+    """A worker process died while it ran a unit: killed, out of memory, or its node went away."""
+
+
+class UnitProcess:
+    """The plain class behind an actor: calls functions in its own process."""
+
+    def pid(self) -> int:
+        """Process id, so that a log can name a worker."""
+        return os.getpid()
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call `function` here."""
+        return function(*args)
+
+
+class WorkerPool:
+    """A fixed number of actors, each running at most one unit."""
+
+    def __init__(self, count: int, num_gpus: float = 0.0) -> None:
+        self.count = count
+        self.num_gpus = num_gpus
+        options = {"num_cpus": 1, "num_gpus": num_gpus, "max_restarts": 0, "max_task_retries": 0}
+        self._actor = ray.remote(**options)(UnitProcess)
+        self._idle = [self._actor.remote() for _ in range(count)]
+        self._busy: dict[ray.ObjectRef, Any] = {}
+
+    @property
+    def has_idle(self) -> bool:
+        """Whether a worker is free."""
+        return bool(self._idle)
+
+    @property
+    def running(self) -> list[ray.ObjectRef]:
+        """References of the calls in flight, oldest first."""
+        return list(self._busy)
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> ray.ObjectRef:
+        """Start a call on the free worker that was used last."""
+        actor = self._idle.pop()
+        ref = actor.call.remote(function, *args)
+        self._busy[ref] = actor
+        return ref
+
+    def collect(self, ref: ray.ObjectRef) -> Any:
+        """The result of a finished call; its worker becomes free again.
+
+        Raises:
+            WorkerLostError: the worker died; a new one has taken its place.
+        """
+        actor = self._busy.pop(ref)
+        try:
+            result = ray.get(ref)
+        except LOST as error:
+            ray.kill(actor)
+            self._idle.insert(0, self._actor.remote())
+            raise WorkerLostError(f"{type(error).__name__}: {_first_line(error)}") from error
+        self._idle.append(actor)
+        return result
+
+    def close(self) -> None:
+        """End every worker."""
+        for actor in [*self._idle, *self._busy.values()]:
+            ray.kill(actor)
+        self._idle, self._busy = [], {}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0][:200]

@@ -1,0 +1,307 @@
+"""Run units on Ray or in this process: the only `ray.wait` loop and the only broad `except` of the project.
+
+A unit is a small picklable object with a `unit` name. A `Task` builds the function that runs units, once per
+process, so a model is loaded once per worker. Both executors call the same function with the same number of
+threads, so their results are the same to the bit.
+
+An exception that the function raises is the unit's own failure and is not retried. A worker that dies (kill,
+out of memory, node lost) makes its unit a suspect, run again alone once everything else is done; only a unit
+that loses its worker `attempts` times is blamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from actors.pool import WorkerPool
+
+LOG = logging.getLogger("samreg")
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+NO_GPU = "execution.device is cuda but there is no GPU here; set it to cpu or auto"
+
+T = TypeVar("T")
+
+
+class ExecutionError(RuntimeError):
+    """The study cannot run as the execution settings ask."""
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """Where and how wide the study runs; nothing here changes a result.
+
+    Attributes:
+        executor: `ray`, `serial` (this process), or `auto`: Ray once a stage has more than one unit to run.
+        workers: worker processes; None takes every core this process (or the cluster) has.
+        device: `cuda`, `cpu`, or `auto`: a GPU if there is one and the backend uses it.
+        gpu_fraction: share of a GPU that one encoding worker takes (0.25: four workers on a GPU).
+        encode_workers: encoding workers; None takes one per GPU share, or `workers` without a GPU.
+        threads: numerical threads per worker.
+        tile: subjects along each side of a tile of pairs, the unit of matching.
+        keep: `features` keeps feature maps for later re-pooling; `prototypes` drops them once pooled.
+        attempts: how often a unit may lose its worker before it is blamed.
+    """
+
+    executor: Literal["auto", "ray", "serial"] = "auto"
+    workers: int | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    gpu_fraction: float = 1.0
+    encode_workers: int | None = None
+    threads: int = 1
+    tile: int = 16
+    keep: Literal["features", "prototypes"] = "features"
+    attempts: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "encode_workers", "threads", "tile", "attempts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"execution.{name} is {value}; it must be 1 or more")
+        if not 0 < self.gpu_fraction <= 1:
+            raise ValueError(f"execution.gpu_fraction is {self.gpu_fraction}; it must be in (0, 1]")
+
+
+class Unit(Protocol):
+    """What can be dispatched."""
+
+    @property
+    def unit(self) -> str:
+        """Name in failure rows and logs."""
+        ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named function of a unit; `build` makes it, once per process.
+
+    Attributes:
+        name: the stage.
+        build: picklable; takes the device (`cpu` or `cuda`) and returns the function that runs one unit.
+        uses_gpu: whether a GPU is any use to it.
+    """
+
+    name: str
+    build: Callable[[str], Callable[[Any], Any]]
+    uses_gpu: bool = False
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a unit has no result."""
+
+    unit: str
+    error: str
+    message: str
+    traceback: str
+    attempt: int = 1
+    errno: int | None = None
+
+    @property
+    def disk_full(self) -> bool:
+        """Whether space or quota ran out: no fault of the unit, and nothing else can be written either."""
+        return self.errno in DISK_FULL
+
+
+class Executor(AbstractContextManager["Executor"], Protocol):
+    """Maps a task over units, yielding each with its result or its Failure, in order of completion."""
+
+    def map_units(self, task: Task, units: Sequence[Any]) -> Iterator[tuple[Any, Any | Failure]]: ...
+
+
+def attempt(function: Callable[[Any], T], unit: Any, number: int = 1) -> T | Failure:
+    """Call `function(unit)`; an exception becomes a Failure."""
+    try:
+        return function(unit)
+    except Exception as error:
+        text = "".join(traceback.format_exception(error))
+        code = error.errno if isinstance(error, OSError) else None
+        return Failure(unit.unit, type(error).__name__, str(error), text, number, code)
+
+
+def limit_threads(threads: int) -> None:
+    """Fix the number of numerical threads of this process, for libraries loaded now or later."""
+    for name in THREAD_VARIABLES:
+        os.environ[name] = str(threads)
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(threads)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+
+
+_built: dict[str, Callable[[Any], Any]] = {}
+
+
+def run_in_worker(task: Task, token: str, device: str, threads: int, unit: Any, number: int) -> Any | Failure:
+    """Run one unit in a worker process, which keeps the function it built last (and so a loaded model)."""
+    if token not in _built:
+        _built.clear()
+
+    def build_and_run(unit: Any) -> Any:
+        if token not in _built:
+            limit_threads(threads)
+            _built[token] = task.build(device)
+            limit_threads(threads)
+        return _built[token](unit)
+
+    return attempt(build_and_run, unit, number)
+
+
+class SerialExecutor(AbstractContextManager["SerialExecutor"]):
+    """Runs every unit in this process, one after the other."""
+
+    def __init__(self, config: ExecutionConfig) -> None:
+        self.config = config
+        self.workers = 1
+
+    def map_units(self, task: Task, units: Sequence[Any]) -> Iterator[tuple[Any, Any | Failure]]:
+        """Run `units` in order."""
+        token = f"{task.name}-{id(task)}"
+        device = self._device(task) if units else "cpu"
+        for unit in units:
+            yield unit, run_in_worker(task, token, device, self.config.threads, unit, 1)
+        _built.pop(token, None)
+
+    def _device(self, task: Task) -> str:
+        if not task.uses_gpu or self.config.device == "cpu":
+            return "cpu"
+        import torch
+
+        if torch.cuda.is_available():
+            return "cuda"
+        if self.config.device == "cuda":
+            raise ExecutionError(NO_GPU)
+        return "cpu"
+
+    def __exit__(self, *error: object) -> None:
+        _built.clear()
+
+
+class RayExecutor(AbstractContextManager["RayExecutor"]):
+    """Runs units on a pool of Ray workers, as many in flight as there are workers.
+
+    Ray starts at the first task that needs it, on this machine or on the cluster that RAY_ADDRESS names. The
+    pool lives on from task to task; a task that asks for GPUs has its own.
+    """
+
+    def __init__(self, config: ExecutionConfig) -> None:
+        self.config = config
+        self.workers = config.workers or len(os.sched_getaffinity(0))
+        self._serial = SerialExecutor(config)
+        self._started = False
+        self._pool: WorkerPool | None = None
+        self._task_number = 0
+
+    def map_units(self, task: Task, units: Sequence[Any]) -> Iterator[tuple[Any, Any | Failure]]:
+        """Run `units` on the workers."""
+        units = list(units)
+        alone = self.config.executor == "auto" and len(units) == 1
+        if not units or (alone and not self._started):
+            yield from self._serial.map_units(task, units)
+            return
+        self._start_ray()
+        self._task_number += 1
+        device, count = self._place(task)
+        pool = self._pool_for(min(count, len(units)), self.config.gpu_fraction if device == "cuda" else 0.0)
+        arguments = (task, f"{os.getpid()}-{self._task_number}", device, self.config.threads)
+        yield from _run_bounded(pool, arguments, self.config.attempts, units)
+
+    def _start_ray(self) -> None:
+        import ray
+
+        if self._started:
+            return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        limit_threads(self.config.threads)
+        if not ray.is_initialized():
+            remote = "RAY_ADDRESS" in os.environ
+            local: dict[str, Any] = {} if remote else {"num_cpus": self.workers, "include_dashboard": False}
+            ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False, **local)
+        if self.config.workers is None:
+            self.workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        self._started = True
+
+    def _place(self, task: Task) -> tuple[str, int]:
+        """Device and number of workers for a task.
+
+        Asking for a GPU that no node has would wait for ever without a word, so the cluster's resources
+        decide; `device: cuda` insists, for a cluster that scales up on demand.
+        """
+        import ray
+
+        gpus = float(ray.cluster_resources().get("GPU", 0.0))
+        if self.config.device == "cuda" and not gpus and task.uses_gpu and "RAY_ADDRESS" not in os.environ:
+            raise ExecutionError(NO_GPU)
+        if task.uses_gpu and (self.config.device == "cuda" or (self.config.device == "auto" and gpus)):
+            return "cuda", self.config.encode_workers or max(1, int(gpus / self.config.gpu_fraction))
+        wanted = self.config.encode_workers if task.name == "encode" else None
+        return "cpu", wanted or self.workers
+
+    def _pool_for(self, count: int, num_gpus: float) -> WorkerPool:
+        """The current pool if it suits, else a new one; never wider than the units at hand."""
+        from actors.pool import WorkerPool
+
+        pool = self._pool
+        if pool is not None and pool.num_gpus == num_gpus and pool.count >= count:
+            return pool
+        if pool is not None:
+            pool.close()
+        self._pool = WorkerPool(count, num_gpus)
+        return self._pool
+
+    def __exit__(self, *error: object) -> None:
+        self._serial.__exit__()
+        if not self._started:
+            return
+        import ray
+
+        if self._pool is not None and ray.is_initialized():
+            self._pool.close()
+        ray.shutdown()
+
+
+def _run_bounded(
+    pool: WorkerPool, arguments: tuple[Any, ...], attempts: int, units: Iterable[Any]
+) -> Iterator[tuple[Any, Any | Failure]]:
+    """The one bounded loop: a unit per free worker, then the suspects one at a time."""
+    import ray
+
+    from actors.pool import WorkerLostError
+
+    queue = deque((unit, 1) for unit in units)
+    suspects: deque[tuple[Any, int]] = deque()
+    flying: dict[Any, tuple[Any, int]] = {}
+    while queue or suspects or flying:
+        while pool.has_idle and (queue or (suspects and not flying)):
+            unit, number = (queue or suspects).popleft()
+            flying[pool.submit(run_in_worker, *arguments, unit, number)] = (unit, number)
+        done, _ = ray.wait(pool.running, num_returns=1)
+        for ref in done:
+            unit, number = flying.pop(ref)
+            try:
+                outcome = pool.collect(ref)
+            except WorkerLostError as error:
+                LOG.warning("%s: lost the worker of %s: %s", arguments[0].name, unit.unit, error)
+                if number < attempts:
+                    suspects.append((unit, number + 1))
+                    continue
+                message = f"its worker died {number} times, the last time alone: {error}"
+                outcome = Failure(unit.unit, "WorkerLost", message, "", number)
+            yield unit, outcome
+
+
+def open_executor(config: ExecutionConfig) -> RayExecutor | SerialExecutor:
+    """The executor that the configuration names."""
+    return SerialExecutor(config) if config.executor == "serial" else RayExecutor(config)

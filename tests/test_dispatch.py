@@ -1,0 +1,165 @@
+"""Dispatch: order, failures as values, lost workers, and the same behaviour with Ray and without."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.dispatch import (
+    ExecutionConfig,
+    ExecutionError,
+    Failure,
+    RayExecutor,
+    SerialExecutor,
+    Task,
+    attempt,
+    open_executor,
+)
+
+
+@dataclass(frozen=True)
+class Number:
+    value: int
+
+    @property
+    def unit(self) -> str:
+        return f"n{self.value}"
+
+
+def _square(unit: Number) -> int:
+    if unit.value == 3:
+        raise ValueError("three is refused")
+    return unit.value**2
+
+
+def _build_square(device: str) -> Callable[[Number], int]:
+    return _square
+
+
+def _deadly(folder: Path, deaths: dict[int, int], unit: Number) -> tuple[int, int]:
+    """Dies by SIGKILL on the first `deaths[value]` calls, counted in files because memory dies with it."""
+    call = len(list(folder.glob(f"{unit.value}-*")))
+    (folder / f"{unit.value}-{call}").touch()
+    if call < deaths.get(unit.value, 0):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return unit.value, call + 1
+
+
+def _build_deadly(folder: Path, deaths: dict[int, int], device: str) -> Callable[[Number], Any]:
+    return partial(_deadly, folder, deaths)
+
+
+def _build_threads(device: str) -> Callable[[Number], Any]:
+    return lambda unit: (os.environ["OMP_NUM_THREADS"], os.getpid())
+
+
+UNITS = [Number(value) for value in range(6)]
+
+
+@pytest.fixture(scope="module")
+def ray_executor() -> Iterator[RayExecutor]:
+    with RayExecutor(ExecutionConfig(executor="ray", workers=2)) as executor:
+        yield executor
+
+
+def _outcomes(executor: RayExecutor | SerialExecutor, task: Task) -> dict[int, Any]:
+    return {unit.value: outcome for unit, outcome in executor.map_units(task, UNITS)}
+
+
+def test_serial_yields_results_and_failures_in_order() -> None:
+    outcomes = list(SerialExecutor(ExecutionConfig()).map_units(Task("square", _build_square), UNITS))
+    assert [unit.value for unit, _ in outcomes] == [0, 1, 2, 3, 4, 5]
+    failure = outcomes[3][1]
+    assert isinstance(failure, Failure)
+    assert (failure.unit, failure.error, failure.message) == ("n3", "ValueError", "three is refused")
+    assert "_square" in failure.traceback
+
+
+def test_a_full_disk_is_told_from_a_fault_of_the_unit() -> None:
+    def write(unit: Number) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    failure = attempt(write, Number(1))
+    assert isinstance(failure, Failure)
+    assert failure.disk_full
+
+
+def test_auto_does_not_start_ray_for_one_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = RayExecutor(ExecutionConfig(executor="auto"))
+    monkeypatch.setattr(executor, "_start_ray", lambda: pytest.fail("Ray was started"))
+    assert [result for _, result in executor.map_units(Task("square", _build_square), [Number(2)])] == [4]
+    assert list(executor.map_units(Task("square", _build_square), [])) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("serial", SerialExecutor), ("ray", RayExecutor), ("auto", RayExecutor)]
+)
+def test_open_executor(name: Any, kind: type) -> None:
+    assert isinstance(open_executor(ExecutionConfig(executor=name)), kind)
+
+
+@pytest.mark.parametrize("field", ["workers", "threads", "tile", "attempts"])
+def test_counts_must_be_positive(field: str) -> None:
+    with pytest.raises(ValueError, match=f"execution.{field} is 0"):
+        ExecutionConfig(**{field: 0})
+
+
+@pytest.mark.ray
+def test_ray_gives_the_same_outcomes_as_serial(ray_executor: RayExecutor) -> None:
+    task = Task("square", _build_square)
+    with_ray = _outcomes(ray_executor, task)
+    without = _outcomes(SerialExecutor(ExecutionConfig()), task)
+    assert {v: r for v, r in with_ray.items() if v != 3} == {v: r for v, r in without.items() if v != 3}
+    assert (with_ray[3].error, with_ray[3].message) == (without[3].error, without[3].message)
+    assert with_ray[3].attempt == 1
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("deaths", "calls"),
+    [
+        pytest.param({}, {v: 1 for v in range(6)}, id="nobody dies"),
+        pytest.param({2: 1}, {0: 1, 1: 1, 2: 2, 3: 1, 4: 1, 5: 1}, id="one dies once"),
+        pytest.param({0: 2, 5: 1}, {0: 3, 1: 1, 2: 1, 3: 1, 4: 1, 5: 2}, id="two die"),
+        pytest.param({1: 9}, {0: 1, 1: None, 2: 1, 3: 1, 4: 1, 5: 1}, id="one always dies"),
+    ],
+)
+def test_a_killed_worker_is_replaced(
+    ray_executor: RayExecutor, tmp_path: Path, deaths: dict[int, int], calls: dict[int, int | None]
+) -> None:
+    outcomes = _outcomes(ray_executor, Task("deadly", partial(_build_deadly, tmp_path, deaths)))
+    assert set(outcomes) == set(calls)
+    for value, expected in calls.items():
+        if expected is None:
+            assert (outcomes[value].error, outcomes[value].attempt) == ("WorkerLost", 3)
+        else:
+            assert outcomes[value] == (value, expected)
+
+
+@pytest.mark.ray
+def test_workers_keep_their_processes_and_thread_count(ray_executor: RayExecutor) -> None:
+    first = _outcomes(ray_executor, Task("threads", _build_threads))
+    second = _outcomes(ray_executor, Task("threads", _build_threads))
+    assert {threads for threads, _ in first.values()} == {"1"}
+    pids = {pid for _, pid in [*first.values(), *second.values()]}
+    assert len(pids) <= 2
+    assert os.getpid() not in pids
+
+
+@pytest.mark.ray
+def test_cuda_is_refused_where_there_is_none(ray_executor: RayExecutor) -> None:
+    import ray
+
+    if ray.cluster_resources().get("GPU"):
+        pytest.skip("this machine has a GPU")
+    executor = RayExecutor(ExecutionConfig(executor="ray", device="cuda"))
+    with pytest.raises(ExecutionError, match="no GPU here"):
+        list(executor.map_units(Task("encode", _build_square, uses_gpu=True), UNITS))
