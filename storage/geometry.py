@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import permutations
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -49,8 +49,8 @@ class Geometry:
         shape: voxels (D, H, W).
         spacing_mm: (z, y, x) mm, > 0.
         origin_mm: world position (x, y, z) LPS mm of the centre of voxel 0.
-        direction: 9 numbers, row-major 3x3, orthonormal; its columns are the world directions of array axes x, y, z
-            (ITK's order).
+        direction: 9 numbers, row-major 3x3, orthonormal; its columns are the world directions of array axes
+            x, y, z (ITK's order).
         has_spacing: False when the unit is the pixel.
         source_axes: (perm, flips). Array axis i runs along axis perm[i] of the file's own (z, y, x) array,
             backwards where flips[i].
@@ -172,7 +172,8 @@ class Geometry:
 
     def center_mm(self) -> Affine:
         """Local mm (z, y, x) float64 [3] of the middle of the volume."""
-        return (np.asarray(self.shape) - 1) / 2 * np.asarray(self.spacing_mm)
+        center: Affine = (np.asarray(self.shape) - 1) / 2 * np.asarray(self.spacing_mm)
+        return center
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe record."""
@@ -181,13 +182,10 @@ class Geometry:
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Geometry:
         """Inverse of to_dict, also after a trip through JSON."""
+        fields = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
         perm, flips = record["source_axes"]
-        return cls(
-            **{
-                **{k: tuple(v) if isinstance(v, list) else v for k, v in record.items()},
-                "source_axes": (tuple(perm), tuple(flips)),
-            }
-        )
+        fields["source_axes"] = (tuple(perm), tuple(flips))
+        return cls(**cast(dict[str, Any], fields))
 
     def describe(self) -> str:
         """One line for messages: size and spacing, no position."""

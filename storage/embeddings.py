@@ -1,0 +1,239 @@
+# mypy: disable-error-code="no-untyped-call"
+"""The embedding store: one Zarr v3 group per subject, written by one process, visible only when whole.
+
+    <root>/<subject key>/features    float16 [D, C, h, w], one slice per chunk
+                         masks       uint8 [N, ceil(H * W / 8)], ROI masks packed along the row, 64 per chunk
+                         roi_slice   int32 [N], quality float32 [N], stability float32 [N]
+                         prototypes/ any arrays of the prototype stage, with a signature of their own
+
+A writer works in a folder beside the store and renames it in at the end; the attribute `complete` is
+written last. The store must lie on a file system with rename (not on an object store).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from storage.atomic import is_abandoned, named_error, replace_file
+from storage.cohort import subject_key
+from storage.geometry import Geometry
+from storage.subject import SubjectEmbedding, SubjectWriter
+
+__all__ = ["EmbeddingStore", "SubjectEmbedding", "SubjectWriter"]
+
+LAYOUT_VERSION = 1
+
+
+class EmbeddingStore:
+    """The store at a local folder, say `study/embeddings.zarr`; opening creates nothing."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self._aside = self.root.parent / f".{self.root.name}.wip"
+
+    @contextmanager
+    def writer(
+        self,
+        subject: str,
+        signature: dict[str, Any],
+        geometry: Geometry,
+        layout: dict[str, Any],
+        extent: tuple[float, float],
+        mask_shape: tuple[int, int],
+    ) -> Iterator[SubjectWriter]:
+        """Write a subject anew; it replaces the old one on a clean exit and leaves it untouched on any other.
+
+        Raises:
+            ValueError: on exit, when slices are missing.
+            OSError: naming the store, for example when the disk is full.
+        """
+        self._ensure_root()
+        with self._folder_aside(subject) as folder:
+            group = zarr.create_group(folder, zarr_format=3)
+            writer = SubjectWriter(group, self._folder(subject), geometry.shape[0], mask_shape)
+            yield writer
+            writer.finish()
+            group.attrs.update(
+                {
+                    "subject": subject,
+                    "layout_version": LAYOUT_VERSION,
+                    "signature": signature,
+                    "geometry": geometry.to_dict(),
+                    "layout": layout,
+                    "extent": list(extent),
+                    "mask_shape": list(mask_shape),
+                    "features": "kept",
+                    "complete": True,
+                }
+            )
+            self._move_in(folder, self._folder(subject))
+
+    def signature(self, subject: str) -> dict[str, Any] | None:
+        """Signature of a whole subject, None when it is absent or incomplete."""
+        record = _complete_attributes(self._folder(subject))
+        return None if record is None else dict(record["signature"])
+
+    def subjects(self) -> list[str]:
+        """Names of the whole subjects, sorted."""
+        if not self.root.is_dir():
+            return []
+        records = (_complete_attributes(folder) for folder in self.root.iterdir() if folder.is_dir())
+        return sorted(str(record["subject"]) for record in records if record is not None)
+
+    def read(self, subject: str) -> SubjectEmbedding:
+        """Open a subject: columns are read, features and masks stay on disk until asked for.
+
+        Raises:
+            FileNotFoundError: when it is absent or incomplete.
+        """
+        folder = self._folder(subject)
+        record = self._require(subject)
+        kept = record["features"] == "kept"
+        return SubjectEmbedding(
+            geometry=Geometry.from_dict(record["geometry"]),
+            signature=record["signature"],
+            layout=record["layout"],
+            extent=(float(record["extent"][0]), float(record["extent"][1])),
+            features=zarr.open_array(folder / "features", mode="r") if kept else None,
+            roi_slice=np.asarray(zarr.open_array(folder / "roi_slice", mode="r")[:]),
+            quality=np.asarray(zarr.open_array(folder / "quality", mode="r")[:]),
+            stability=np.asarray(zarr.open_array(folder / "stability", mode="r")[:]),
+            mask_shape=(int(record["mask_shape"][0]), int(record["mask_shape"][1])),
+            packed=zarr.open_array(folder / "masks", mode="r"),
+        )
+
+    def write_prototypes(
+        self, subject: str, signature: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]
+    ) -> None:
+        """Replace the prototype arrays of a subject (names are identifiers; numbers and booleans, any shape).
+
+        Raises:
+            FileNotFoundError: when the subject is absent or incomplete.
+            ValueError: for a name that is no identifier.
+        """
+        self._require(subject)
+        bad = [name for name in arrays if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name)]
+        if bad:
+            raise ValueError(f"array names must be identifiers, got {bad}")
+        with self._folder_aside(subject) as folder:
+            group = zarr.create_group(folder, zarr_format=3)
+            for name, values in arrays.items():
+                group.create_array(
+                    name,
+                    data=np.asarray(values, order="C"),
+                    chunks=_one_chunk(values.shape),
+                    compressors=None,
+                )
+            group.attrs.update({"signature": signature, "arrays": list(arrays), "complete": True})
+            self._move_in(folder, self._folder(subject) / "prototypes")
+
+    def read_prototypes(self, subject: str) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]] | None:
+        """Signature and arrays of the prototype stage, None when the subject or its prototypes are absent."""
+        folder = self._folder(subject) / "prototypes"
+        record = _complete_attributes(folder)
+        if record is None or _complete_attributes(self._folder(subject)) is None:
+            return None
+        arrays = {
+            name: np.asarray(zarr.open_array(folder / name, mode="r")[...]) for name in record["arrays"]
+        }
+        return record["signature"], arrays
+
+    def drop_features(self, subject: str) -> None:
+        """Delete the feature maps of a subject; masks, columns and prototypes stay.
+
+        Raises:
+            FileNotFoundError: when the subject is absent or incomplete.
+        """
+        self._require(subject)
+        folder = self._folder(subject)
+        metadata = json.loads((folder / "zarr.json").read_text())
+        metadata["attributes"]["features"] = "dropped"
+        with replace_file(folder / "zarr.json") as temporary:
+            temporary.write_text(json.dumps(metadata))
+        shutil.rmtree(folder / "features", ignore_errors=True)
+
+    def _folder(self, subject: str) -> Path:
+        return self.root / subject_key(subject)
+
+    def _require(self, subject: str) -> dict[str, Any]:
+        record = _complete_attributes(self._folder(subject))
+        if record is None:
+            raise FileNotFoundError(
+                errno.ENOENT, f"no whole embedding of subject {subject!r}; encode it first", str(self.root)
+            )
+        return record
+
+    def _ensure_root(self) -> None:
+        if not (self.root / "zarr.json").exists():
+            with replace_file(self.root / "zarr.json") as temporary:
+                temporary.write_text(json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}))
+
+    @contextmanager
+    def _folder_aside(self, subject: str) -> Iterator[Path]:
+        """A folder of its own to write in, locked while this process lives, gone afterwards in any case."""
+        key = subject_key(subject)
+        name = f"{key}-{secrets.token_hex(4)}"
+        try:
+            self._aside.mkdir(parents=True, exist_ok=True)
+            self._clear_abandoned(key)
+            with (self._aside / f"{name}.lock").open("wb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield self._aside / name
+        except OSError as error:
+            raise named_error(error, self.root / key) from error.__cause__
+        finally:
+            _remove_aside(self._aside / f"{name}.lock")
+
+    def _clear_abandoned(self, key: str) -> None:
+        for lock in self._aside.glob("*.lock"):
+            if re.fullmatch(re.escape(key) + r"-[0-9a-f]{8}", lock.stem) and is_abandoned(lock):
+                _remove_aside(lock)
+
+    def _move_in(self, folder: Path, target: Path) -> None:
+        old = folder.with_name(f"{folder.name}.old")
+        for _ in range(8):
+            if target.exists():
+                target.rename(old)
+            try:
+                folder.rename(target)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                shutil.rmtree(
+                    old, ignore_errors=True
+                )  # another process moved in between; its work is replaced
+            else:
+                return
+        raise OSError(errno.EBUSY, "other processes keep writing the same subject", str(target))
+
+
+def _remove_aside(lock: Path) -> None:
+    folder = lock.with_suffix("")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder.with_name(f"{folder.name}.old"), ignore_errors=True)
+    lock.unlink(missing_ok=True)
+
+
+def _complete_attributes(folder: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads((folder / "zarr.json").read_text())["attributes"]
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, KeyError):
+        return None
+    return record if record.get("complete") is True else None
+
+
+def _one_chunk(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(max(1, n) for n in shape)
