@@ -23,12 +23,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import zarr
 
 from storage.atomic import is_abandoned, named_error, replace_file
 from storage.cohort import subject_key
+from storage.columns import create_column, read_column
 from storage.geometry import Geometry
 from storage.subject import SubjectEmbedding, SubjectWriter
 
@@ -108,9 +108,9 @@ class EmbeddingStore:
             layout=record["layout"],
             extent=(float(record["extent"][0]), float(record["extent"][1])),
             features=zarr.open_array(folder / "features", mode="r") if kept else None,
-            roi_slice=np.asarray(zarr.open_array(folder / "roi_slice", mode="r")[:]),
-            quality=np.asarray(zarr.open_array(folder / "quality", mode="r")[:]),
-            stability=np.asarray(zarr.open_array(folder / "stability", mode="r")[:]),
+            roi_slice=read_column(folder / "roi_slice"),
+            quality=read_column(folder / "quality"),
+            stability=read_column(folder / "stability"),
             mask_shape=(int(record["mask_shape"][0]), int(record["mask_shape"][1])),
             packed=zarr.open_array(folder / "masks", mode="r"),
         )
@@ -131,12 +131,7 @@ class EmbeddingStore:
         with self._folder_aside(subject) as folder:
             group = zarr.create_group(folder, zarr_format=3)
             for name, values in arrays.items():
-                group.create_array(
-                    name,
-                    data=np.asarray(values, order="C"),
-                    chunks=_one_chunk(values.shape),
-                    compressors=None,
-                )
+                create_column(group, name, values)
             group.attrs.update({"signature": signature, "arrays": list(arrays), "complete": True})
             self._move_in(folder, self._folder(subject) / "prototypes")
 
@@ -146,9 +141,7 @@ class EmbeddingStore:
         record = _complete_attributes(folder)
         if record is None or _complete_attributes(self._folder(subject)) is None:
             return None
-        arrays = {
-            name: np.asarray(zarr.open_array(folder / name, mode="r")[...]) for name in record["arrays"]
-        }
+        arrays = {name: read_column(folder / name) for name in record["arrays"]}
         return record["signature"], arrays
 
     def drop_features(self, subject: str) -> None:
@@ -233,7 +226,3 @@ def _complete_attributes(folder: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, KeyError):
         return None
     return record if record.get("complete") is True else None
-
-
-def _one_chunk(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(max(1, n) for n in shape)

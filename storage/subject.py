@@ -14,6 +14,7 @@ import zarr
 from zarr.codecs import BloscCodec, ZstdCodec
 
 from storage.atomic import named_error
+from storage.columns import create_column
 from storage.geometry import Geometry
 
 _MASK_ROWS = 64
@@ -133,7 +134,7 @@ class SubjectWriter:
             raise ValueError(f"embedding is not whole: slices {missing} of {self.depth} were not added")
         self._flush(final=True)
         for name, parts in self._columns.items():
-            self.group.create_array(name, data=np.concatenate(parts))
+            create_column(self.group, name, np.concatenate(parts))
 
     def _check(self, z: int, masks: npt.NDArray[Any], *columns: npt.NDArray[Any]) -> None:
         if not 0 <= z < self.depth:

@@ -1,0 +1,175 @@
+"""Pinned columns of the result tables: name, type, unit, meaning. README's tables come from here."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+SCHEMA_VERSION = "1"
+
+_TEXT, _INT, _SCORE, _MEASURE, _TIME = (
+    pa.string(),
+    pa.int32(),
+    pa.float32(),
+    pa.float64(),
+    pa.timestamp("us", tz="UTC"),
+)
+_Columns = list[tuple[str, pa.DataType, str, str]]
+
+_DATA_UNIT = "mm (px without spacing)"
+_AREA_UNIT = "mm² (px² without spacing)"
+
+
+def _zyx(prefix: str, suffix: str, unit: str, meaning: str) -> _Columns:
+    return [(f"{prefix}_{axis}_{suffix}", _MEASURE, unit, f"{meaning}, {axis}") for axis in "zyx"]
+
+
+def _schema(columns: _Columns) -> pa.Schema:
+    fields = [
+        pa.field(name, kind, metadata={"unit": unit, "description": meaning})
+        for name, kind, unit, meaning in columns
+    ]
+    return pa.schema(fields, metadata={"schema_version": SCHEMA_VERSION})
+
+
+_KEY: _Columns = [("key", _TEXT, "", "digest of every input and setting this row depends on")]
+_PAIR: _Columns = [
+    ("pair", _TEXT, "", "pair id"),
+    ("moving", _TEXT, "", "subject that is warped"),
+    ("fixed", _TEXT, "", "subject whose grid the result lies on"),
+]
+
+ROIS = _schema(
+    [
+        ("subject", _TEXT, "", "subject name of the manifest"),
+        ("roi", _INT, "", "row of the ROI in the embedding store, from 0"),
+        ("slice", _INT, "voxel", "slice index along the analysis slice axis, from 0"),
+        ("area_px", _INT, "px", "pixels of the mask"),
+        ("area_mm2", _MEASURE, _AREA_UNIT, "area of the mask"),
+        ("area_fraction", _MEASURE, "1", "area of the mask over area of the slice"),
+        *_zyx("centroid", "vox", "voxel", "centroid index"),
+        *_zyx("centroid", "mm", _DATA_UNIT, "centroid, local position (index times spacing)"),
+        ("bbox_y0", _INT, "px", "first row of the bounding box"),
+        ("bbox_x0", _INT, "px", "first column of the bounding box"),
+        ("bbox_y1", _INT, "px", "row after the last of the bounding box"),
+        ("bbox_x1", _INT, "px", "column after the last of the bounding box"),
+        ("quality", _SCORE, "1", "predicted IoU, or the backend's analogue"),
+        ("stability", _SCORE, "1", "how little the mask changes with its threshold, 0 to 1"),
+        *_KEY,
+    ]
+)
+
+CORRESPONDENCES = _schema(
+    [
+        *_PAIR,
+        ("moving_roi", _INT, "", "ROI row of the moving subject"),
+        ("fixed_roi", _INT, "", "ROI row of the fixed subject"),
+        ("moving_slice", _INT, "voxel", "slice of the moving ROI"),
+        ("fixed_slice", _INT, "voxel", "slice of the fixed ROI"),
+        ("similarity", _SCORE, "1", "prototype similarity, Eq. 6"),
+        ("margin", _SCORE, "1", "similarity minus that of the best other candidate"),
+        ("rank", _INT, "", "order in which the pair was selected, from 0"),
+        ("confidence", _SCORE, "1", "how far the match is to be trusted, 0 to 1"),
+        *_zyx("moving_centroid", "mm", _DATA_UNIT, "centroid in the moving image's local frame"),
+        *_zyx("fixed_centroid", "mm", _DATA_UNIT, "centroid in the fixed image's local frame"),
+        ("moving_area_mm2", _MEASURE, _AREA_UNIT, "area of the moving ROI"),
+        ("fixed_area_mm2", _MEASURE, _AREA_UNIT, "area of the fixed ROI"),
+        *_KEY,
+    ]
+)
+
+
+def _tre(prefix: str, meaning: str) -> _Columns:
+    stages = (
+        ("_before", "before registration"),
+        ("_affine", "after the affine step"),
+        ("", "after registration"),
+    )
+    return [
+        (f"{prefix}_{unit}{ending}", _MEASURE, shown, f"{meaning}, {stage}{note}")
+        for unit, shown, note in (
+            ("mm", "mm", "; empty without spacing"),
+            ("vox", "voxel", ", in voxels of the fixed grid"),
+        )
+        for ending, stage in stages
+    ]
+
+
+METRICS = _schema(
+    [
+        *_PAIR,
+        ("label", _INT, "", "label value; 0 is the mean over labels"),
+        ("dice_before", _MEASURE, "1", "Dice of the labels as they lie in world space"),
+        ("dice_centered", _MEASURE, "1", "Dice with the volume centres aligned"),
+        ("dice_affine", _MEASURE, "1", "Dice after the affine step"),
+        ("dice", _MEASURE, "1", "Dice after registration"),
+        *_tre("tre", "distance of the label centroids"),
+        *_tre("landmark_tre", "mean distance of the landmarks"),
+        (
+            "hd95_mm_before",
+            _MEASURE,
+            "mm",
+            "95 % Hausdorff distance before registration",
+        ),
+        ("hd95_mm", _MEASURE, "mm", "95 % Hausdorff distance after registration"),
+        (
+            "hd95_vox",
+            _MEASURE,
+            "voxel",
+            "95 % Hausdorff distance after registration, fixed voxels",
+        ),
+        ("sdlogj", _MEASURE, "1", "standard deviation of the log Jacobian determinant of the field"),
+        (
+            "fold_fraction",
+            _MEASURE,
+            "1",
+            "part of the fixed grid with Jacobian determinant <= 0",
+        ),
+        ("n_rois", _INT, "", "matched ROI pairs in the fit"),
+        ("n_slices", _INT, "", "fixed slices that hold a matched ROI"),
+        ("fallback", _TEXT, "", "simpler model used instead: none, affine, translation or identity"),
+        ("flag", _TEXT, "", "what to look at, for example worse_than_affine; empty when nothing"),
+        ("seconds_match", _MEASURE, "s", "wall time of matching"),
+        ("seconds_fit", _MEASURE, "s", "wall time of the fit"),
+        *_KEY,
+    ]
+)
+
+FAILURES = _schema(
+    [
+        ("stage", _TEXT, "", "encode, prototypes, match, fit or evaluate"),
+        ("unit", _TEXT, "", "id of the unit of work"),
+        ("subject", _TEXT, "", "subject, empty for a pair"),
+        ("pair", _TEXT, "", "pair id, empty for a subject"),
+        ("error", _TEXT, "", "type of the error"),
+        ("message", _TEXT, "", "its message"),
+        ("traceback", _TEXT, "", "where it was raised"),
+        ("attempt", _INT, "", "how often the unit was tried, from 1"),
+    ]
+)
+
+RUNS = _schema(
+    [
+        ("run", _TEXT, "", "id of the run"),
+        ("started", _TIME, "UTC", "when it started"),
+        ("finished", _TIME, "UTC", "when it finished; empty when it was cut short"),
+        ("config_digest", _TEXT, "", "digest of the resolved configuration"),
+        ("samreg_version", _TEXT, "", "version of this program"),
+        ("python", _TEXT, "", "version of Python"),
+        ("packages", _TEXT, "JSON", "versions of the packages that decide the result"),
+        ("executor", _TEXT, "", "ray or serial"),
+        ("workers", _INT, "", "workers of the stage"),
+        ("stage", _TEXT, "", "stage this row counts"),
+        ("units_done", _INT, "", "units finished in this run"),
+        ("units_failed", _INT, "", "units that failed in this run"),
+        ("seconds", _MEASURE, "s", "wall time of the stage"),
+        ("peak_memory_bytes", pa.int64(), "byte", "largest resident memory of a worker"),
+    ]
+)
+
+SCHEMAS = {
+    "rois": ROIS,
+    "correspondences": CORRESPONDENCES,
+    "metrics": METRICS,
+    "failures": FAILURES,
+    "runs": RUNS,
+}

@@ -1,0 +1,151 @@
+"""Result tables: Parquet datasets of parts, each part written by one unit of work, whole or not at all.
+
+<root>/<table>/<part>.parquet
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.atomic import replace_file
+from storage.cohort import subject_key
+from storage.schemas import CORRESPONDENCES, FAILURES, METRICS, ROIS, RUNS, SCHEMA_VERSION, SCHEMAS
+
+__all__ = [
+    "CORRESPONDENCES",
+    "FAILURES",
+    "METRICS",
+    "ROIS",
+    "RUNS",
+    "SCHEMAS",
+    "SCHEMA_VERSION",
+    "TableError",
+    "describe",
+    "part_names",
+    "read_part",
+    "read_table",
+    "remove_part",
+    "table_from_rows",
+    "write_part",
+]
+
+
+class TableError(ValueError):
+    """A table or part that does not fit its schema, is damaged, or of another version; says the file."""
+
+
+def table_from_rows(name: str, rows: Iterable[Mapping[str, Any]]) -> pa.Table:
+    """Build a table from rows; a column left out of a row, None and NaN are null.
+
+    Raises:
+        TableError: for a column that the table does not have, or a value that does not fit its type.
+    """
+    schema, records = _schema(name), list(rows)
+    unknown = sorted({column for row in records for column in row} - set(schema.names))
+    if unknown:
+        raise TableError(
+            f"table {name!r} has no column {', '.join(unknown)}; it has {', '.join(schema.names)}"
+        )
+    arrays = []
+    for field in schema:
+        try:
+            arrays.append(pa.array([row.get(field.name) for row in records], field.type, from_pandas=True))
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise TableError(f"table {name!r}, column {field.name} ({field.type}): {error}") from None
+    return pa.table(arrays, schema=schema)
+
+
+def write_part(root: str | Path, table_name: str, part: str, table: pa.Table) -> Path:
+    """Write one part, replacing it; columns are cast to the pinned types and order.
+
+    Raises:
+        TableError: when the columns are not those of the table.
+        OSError: naming the part, for example when the disk is full.
+    """
+    schema = _schema(table_name)
+    if set(table.column_names) != set(schema.names):
+        missing = sorted(set(schema.names) - set(table.column_names))
+        extra = sorted(set(table.column_names) - set(schema.names))
+        raise TableError(f"table {table_name!r}: missing columns {missing}, unknown columns {extra}")
+    try:
+        cast = table.select(schema.names).cast(schema).replace_schema_metadata(schema.metadata)
+    except (pa.ArrowInvalid, ValueError) as error:
+        raise TableError(f"table {table_name!r}, part {part!r}: {error}") from None
+    path = _part_path(Path(root), table_name, part)
+    with replace_file(path) as temporary:
+        pq.write_table(cast, temporary, compression="zstd", store_schema=True)
+    return path
+
+
+def read_part(root: str | Path, table_name: str, part: str) -> pa.Table:
+    """Read one part.
+
+    Raises:
+        FileNotFoundError: when it does not exist.
+        TableError: when it is truncated or of another schema version.
+    """
+    return _read(_part_path(Path(root), table_name, part), table_name)
+
+
+def read_table(root: str | Path, table_name: str) -> pa.Table:
+    """All parts in the order of their names; no parts give an empty table.
+
+    Raises:
+        TableError: naming the part that is truncated or of another schema version.
+    """
+    folder = Path(root) / table_name
+    parts = [_read(folder / f"{name}.parquet", table_name) for name in part_names(root, table_name)]
+    return pa.concat_tables(parts) if parts else _schema(table_name).empty_table()
+
+
+def part_names(root: str | Path, table_name: str) -> list[str]:
+    """File names (without suffix) of the finished parts of a table, sorted."""
+    _schema(table_name)
+    return sorted(p.stem for p in (Path(root) / table_name).glob("*.parquet") if not p.name.startswith("."))
+
+
+def remove_part(root: str | Path, table_name: str, part: str) -> None:
+    """Delete a part; one that does not exist is no error."""
+    _part_path(Path(root), table_name, part).unlink(missing_ok=True)
+
+
+def describe(name: str) -> list[tuple[str, str, str, str]]:
+    """(column, type, unit, description) of every column of a table, in order."""
+    rows = []
+    for field in _schema(name):
+        notes = {key.decode(): value.decode() for key, value in (field.metadata or {}).items()}
+        rows.append((field.name, str(field.type), notes["unit"], notes["description"]))
+    return rows
+
+
+def _schema(name: str) -> pa.Schema:
+    if name not in SCHEMAS:
+        raise TableError(f"no table {name!r}; tables are {', '.join(SCHEMAS)}")
+    return SCHEMAS[name]
+
+
+def _part_path(root: Path, table_name: str, part: str) -> Path:
+    _schema(table_name)
+    return root / table_name / f"{subject_key(part)}.parquet"
+
+
+def _read(path: Path, table_name: str) -> pa.Table:
+    try:
+        table = pq.ParquetFile(path).read()
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise TableError(f"{path}: truncated or damaged Parquet file; delete it and run again") from error
+    found = (table.schema.metadata or {}).get(b"schema_version", b"none").decode()
+    if found != SCHEMA_VERSION:
+        raise TableError(
+            f"{path}: schema version {found}, this program reads {SCHEMA_VERSION}; use a new output folder"
+        )
+    if not table.schema.equals(_schema(table_name)):
+        raise TableError(f"{path}: columns differ from table {table_name!r} of version {SCHEMA_VERSION}")
+    return table
