@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,17 +15,18 @@ from pathlib import Path
 def replace_file(path: Path) -> Iterator[Path]:
     """Yield a hidden file beside `path` to write to; it takes the place of `path` on a clean exit.
 
-    The hidden file keeps the suffix, because some writers choose their format by it. It is locked while its
-    writer lives, so that the next writer of the same path can clear what a killed one left.
+    The hidden file keeps the suffix, because some writers choose their format by it. A lock file beside it is
+    held while its writer lives, so that the next writer of the same path can clear what a killed one left.
 
     Raises:
         OSError: naming `path`, for example when the disk is full; `path` is then as it was before.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _clear_stale(path)
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    name = f".{path.name}.{secrets.token_hex(4)}"
+    temporary, lock = path.with_name(name + path.suffix), path.with_name(f"{name}.lock")
     try:
-        with temporary.open("wb") as held:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clear_abandoned(path)
+        with lock.open("wb") as held:
             fcntl.flock(held, fcntl.LOCK_EX)
             yield temporary
             with temporary.open("rb") as written:
@@ -34,6 +36,7 @@ def replace_file(path: Path) -> Iterator[Path]:
         raise named_error(error, path) from error.__cause__
     finally:
         temporary.unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
 
 
 def named_error(error: OSError, path: Path) -> OSError:
@@ -55,10 +58,10 @@ def is_abandoned(locked_file: Path) -> bool:
     return True
 
 
-def _clear_stale(path: Path) -> None:
-    prefix, ending = f".{path.stem}.", f".tmp{path.suffix}"
+def _clear_abandoned(path: Path) -> None:
+    pattern = re.compile(rf"(\.{re.escape(path.name)}\.[0-9a-f]{{8}})\.lock")
     for name in os.listdir(path.parent):
-        middle = name.removeprefix(prefix).removesuffix(ending)
-        left = path.parent / name
-        if name == f"{prefix}{middle}{ending}" and len(middle) == 8 and is_abandoned(left):
-            left.unlink(missing_ok=True)
+        match = pattern.fullmatch(name)
+        if match and is_abandoned(path.parent / name):
+            path.with_name(match[1] + path.suffix).unlink(missing_ok=True)
+            path.with_name(name).unlink(missing_ok=True)

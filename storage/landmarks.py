@@ -20,13 +20,13 @@ def read_landmarks(path: str | Path, geometry: Geometry) -> Points:
     """Read landmarks, float64 [N, 3] local mm (z, y, x); px for an image without spacing.
 
     Args:
-        path: CSV file or URI. Columns i, j, k are voxels of the file's own grid (first axis first, from 0, voxel
-            centres are whole numbers); x, y, z are world mm LPS. A 2D image needs i, j or x, y only, and without
-            spacing x, y are pixels too. Further columns are ignored; rows of two files correspond by order.
+        path: CSV file or URI. Columns i, j, k are voxels of the file's own grid (ITK order, from 0, whole
+            numbers at voxel centres); x, y, z are world mm LPS. A 2D image needs i, j or x, y only, and
+            without spacing x, y are pixels too. Further columns are ignored; rows of two files correspond.
         geometry: grid of the image.
 
     Raises:
-        ImageError: for a file that is missing, is no such CSV, or holds no points or a cell that is no number.
+        ImageError: for a file that is missing, no such CSV, or holds no points or a cell that is no number.
     """
     columns, rows = _read_csv(path)
     wanted = _choose_columns(columns, geometry, path)
@@ -82,13 +82,8 @@ def _read_csv(path: str | Path) -> tuple[list[str], list[tuple[int, list[str]]]]
 
 
 def _choose_columns(columns: list[str], geometry: Geometry, path: str | Path) -> tuple[str, ...]:
-    for voxel, world in (
-        (("ijk", "xyz"),) if geometry.source_dimension == 3 else (("ijk", "xyz"), ("ij", "xy"))
-    ):
-        for names in (voxel, world):
-            if names == "xyz" and not geometry.has_spacing:
-                continue
-            if set(names) <= set(columns):
-                return tuple(names)
+    for names in ("ijk", "xyz") if geometry.source_dimension == 3 else ("ij", "xy"):
+        if set(names) <= set(columns):
+            return tuple(names)
     allowed = "i, j, k or x, y, z" if geometry.source_dimension == 3 else "i, j or x, y"
     raise ImageError(f"{path}: columns must include {allowed}; found {', '.join(columns)}")

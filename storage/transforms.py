@@ -1,11 +1,11 @@
 # mypy: disable-error-code="no-untyped-call"
 """Displacement fields as ITK transforms on the user's own files.
 
-`sitk.Resample(moving, fixed, sitk.ReadTransform(path))` on the original files does what pipeline/algorithms/warp.py
-does in memory: ITK transforms, like ours, take fixed positions to moving positions. Vectors are mm LPS (x, y, z) on
-the fixed file's own grid; outside that grid ITK takes the displacement as zero. A 2D file gives a 2D transform.
-
-Beside `<name>.h5` lies `<name>.json` with the signature, written last: a transform without it is not finished.
+`sitk.Resample(moving, fixed, sitk.ReadTransform(path))` on the original files does what
+pipeline/algorithms/warp.py does in memory: ITK transforms, like ours, take fixed to moving positions. Vectors
+are mm LPS (x, y, z) on the fixed file's own grid; outside it ITK takes the displacement as zero. A 2D file
+gives a 2D transform. Beside `<name>.h5` lies `<name>.json` with the signature, written last: a transform
+without it is not finished.
 """
 
 from __future__ import annotations
