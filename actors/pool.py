@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -39,10 +40,10 @@ class WorkerPool:
     def __init__(self, count: int, num_gpus: float = 0.0) -> None:
         self.count = count
         self.num_gpus = num_gpus
-        options = {"num_cpus": 1, "num_gpus": num_gpus, "max_restarts": 0, "max_task_retries": 0}
+        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": num_gpus, "max_restarts": 0, "max_task_retries": 0}
         self._actor = ray.remote(**options)(UnitProcess)
         self._idle = [self._actor.remote() for _ in range(count)]
-        self._busy: dict[ray.ObjectRef, Any] = {}
+        self._busy: dict[ray.ObjectRef[Any], Any] = {}
 
     @property
     def has_idle(self) -> bool:
@@ -50,18 +51,18 @@ class WorkerPool:
         return bool(self._idle)
 
     @property
-    def running(self) -> list[ray.ObjectRef]:
+    def running(self) -> list[ray.ObjectRef[Any]]:
         """References of the calls in flight, oldest first."""
         return list(self._busy)
 
-    def submit(self, function: Callable[..., Any], *args: Any) -> ray.ObjectRef:
+    def submit(self, function: Callable[..., Any], *args: Any) -> ray.ObjectRef[Any]:
         """Start a call on the free worker that was used last."""
         actor = self._idle.pop()
-        ref = actor.call.remote(function, *args)
+        ref: ray.ObjectRef[Any] = actor.call.remote(function, *args)
         self._busy[ref] = actor
         return ref
 
-    def collect(self, ref: ray.ObjectRef) -> Any:
+    def collect(self, ref: ray.ObjectRef[Any]) -> Any:
         """The result of a finished call; its worker becomes free again.
 
         Raises:
@@ -76,6 +77,16 @@ class WorkerPool:
             raise WorkerLostError(f"{type(error).__name__}: {_first_line(error)}") from error
         self._idle.append(actor)
         return result
+
+    def ask(self, function: Callable[[], Any]) -> list[Any]:
+        """Call `function` on every free worker; one that does not answer is left out."""
+        refs = [actor.call.remote(function) for actor in self._idle]
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=5.0) if refs else ([], [])
+        answers = []
+        for ref in ready:
+            with suppress(*LOST):
+                answers.append(ray.get(ref))
+        return answers
 
     def close(self) -> None:
         """End every worker."""

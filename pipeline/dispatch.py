@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import sys
 import traceback
 from collections import deque
@@ -21,6 +22,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from actors.pool import WorkerPool
@@ -34,7 +37,7 @@ NO_GPU = "execution.device is cuda but there is no GPU here; set it to cpu or au
 T = TypeVar("T")
 
 
-class ExecutionError(RuntimeError):
+class ExecutionError(UsageError):
     """The study cannot run as the execution settings ask."""
 
 
@@ -159,6 +162,16 @@ def run_in_worker(task: Task, token: str, device: str, threads: int, unit: Any, 
     return attempt(build_and_run, unit, number)
 
 
+def own_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def own_peak_memory() -> int:
+    """Largest resident memory of this process so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 class SerialExecutor(AbstractContextManager["SerialExecutor"]):
     """Runs every unit in this process, one after the other."""
 
@@ -173,6 +186,10 @@ class SerialExecutor(AbstractContextManager["SerialExecutor"]):
         for unit in units:
             yield unit, run_in_worker(task, token, device, self.config.threads, unit, 1)
         _built.pop(token, None)
+
+    def peak_memory_bytes(self) -> int | None:
+        """Largest resident memory of a worker so far."""
+        return own_peak_memory()
 
     def _device(self, task: Task) -> str:
         if not task.uses_gpu or self.config.device == "cpu":
@@ -198,7 +215,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
 
     def __init__(self, config: ExecutionConfig) -> None:
         self.config = config
-        self.workers = config.workers or len(os.sched_getaffinity(0))
+        self.workers = config.workers or own_cores()
         self._serial = SerialExecutor(config)
         self._started = False
         self._pool: WorkerPool | None = None
@@ -218,6 +235,10 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         arguments = (task, f"{os.getpid()}-{self._task_number}", device, self.config.threads)
         yield from _run_bounded(pool, arguments, self.config.attempts, units)
 
+    def peak_memory_bytes(self) -> int | None:
+        """Largest resident memory of a living worker so far; None before Ray has started."""
+        return max(self._pool.ask(own_peak_memory), default=None) if self._pool is not None else None
+
     def _start_ray(self) -> None:
         import ray
 
@@ -228,9 +249,9 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         if not ray.is_initialized():
             remote = "RAY_ADDRESS" in os.environ
             local: dict[str, Any] = {} if remote else {"num_cpus": self.workers, "include_dashboard": False}
-            ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False, **local)
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **local)
         if self.config.workers is None:
-            self.workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
+            self.workers = max(1, int(_cluster().get("CPU", 1)))
         self._started = True
 
     def _place(self, task: Task) -> tuple[str, int]:
@@ -239,9 +260,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         Asking for a GPU that no node has would wait for ever without a word, so the cluster's resources
         decide; `device: cuda` insists, for a cluster that scales up on demand.
         """
-        import ray
-
-        gpus = float(ray.cluster_resources().get("GPU", 0.0))
+        gpus = float(_cluster().get("GPU", 0.0))
         if self.config.device == "cuda" and not gpus and task.uses_gpu and "RAY_ADDRESS" not in os.environ:
             raise ExecutionError(NO_GPU)
         if task.uses_gpu and (self.config.device == "cuda" or (self.config.device == "auto" and gpus)):
@@ -300,6 +319,14 @@ def _run_bounded(
                 message = f"its worker died {number} times, the last time alone: {error}"
                 outcome = Failure(unit.unit, "WorkerLost", message, "", number)
             yield unit, outcome
+
+
+def _cluster() -> dict[str, float]:
+    """Resources of the connected cluster, by name."""
+    import ray
+
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources
 
 
 def open_executor(config: ExecutionConfig) -> RayExecutor | SerialExecutor:

@@ -126,7 +126,7 @@ def test_ray_gives_the_same_outcomes_as_serial(ray_executor: RayExecutor) -> Non
 @pytest.mark.parametrize(
     ("deaths", "calls"),
     [
-        pytest.param({}, {v: 1 for v in range(6)}, id="nobody dies"),
+        pytest.param({}, dict.fromkeys(range(6), 1), id="nobody dies"),
         pytest.param({2: 1}, {0: 1, 1: 1, 2: 2, 3: 1, 4: 1, 5: 1}, id="one dies once"),
         pytest.param({0: 2, 5: 1}, {0: 3, 1: 1, 2: 1, 3: 1, 4: 1, 5: 2}, id="two die"),
         pytest.param({1: 9}, {0: 1, 1: None, 2: 1, 3: 1, 4: 1, 5: 1}, id="one always dies"),

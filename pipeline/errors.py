@@ -1,0 +1,11 @@
+"""Errors that a user can act on; the command turns them into one line and an exit code."""
+
+from __future__ import annotations
+
+
+class UsageError(ValueError):
+    """What was asked for cannot be done as asked; nothing was changed. Exit code 2."""
+
+
+class StudyError(RuntimeError):
+    """A run had to stop; nothing finished is lost. Exit code 1."""

@@ -1,0 +1,119 @@
+"""The study folder: where everything lies, what it was made with, and who is writing to it.
+
+    study/
+      embeddings.zarr       features, ROI masks and prototypes of each subject
+      rois/ correspondences/ metrics/ failures/ runs/    Parquet
+      transforms/           one ITK displacement field per pair
+      run.yaml              resolved configuration, versions, digests
+      plan.json             the subjects, pairs and keys of the latest run, which `samreg status` compares with
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.errors import UsageError
+from storage.atomic import replace_file
+from storage.cohort import subject_key
+
+
+class FolderError(UsageError):
+    """The output folder cannot be used for this study; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """Paths of one study."""
+
+    root: Path
+
+    @property
+    def embeddings(self) -> Path:
+        """Root of the embedding store."""
+        return self.root / "embeddings.zarr"
+
+    @property
+    def transforms(self) -> Path:
+        """Folder of displacement fields."""
+        return self.root / "transforms"
+
+    def transform(self, pair: str) -> Path:
+        """The displacement field of a pair; the name is safe whatever the pair is called."""
+        return self.transforms / f"{subject_key(pair)}.h5"
+
+    def read_run(self) -> dict[str, Any] | None:
+        """The record of what the folder was made with, or None for a new folder.
+
+        Raises:
+            FolderError: for a record that cannot be read.
+        """
+        path = self.root / "run.yaml"
+        if not path.exists():
+            return None
+        try:
+            record = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise FolderError(f"{path} cannot be read: {error}; use another --out, or --overwrite") from None
+        if not isinstance(record, dict):
+            raise FolderError(f"{path} is not the record of a study; use another --out, or --overwrite")
+        return record
+
+    def write_run(self, record: Mapping[str, Any]) -> None:
+        """Replace `run.yaml`."""
+        text = yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True)
+        self._write("run.yaml", text)
+
+    def read_plan(self) -> dict[str, Any] | None:
+        """The plan of the latest run, or None."""
+        path = self.root / "plan.json"
+        if not path.exists():
+            return None
+        plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return plan
+
+    def write_plan(self, plan: Mapping[str, Any]) -> None:
+        """Replace `plan.json`."""
+        self._write("plan.json", json.dumps(plan, ensure_ascii=False, indent=0))
+
+    def _write(self, name: str, text: str) -> None:
+        with replace_file(self.root / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for one driver.
+
+        The lock is the kernel's, so it goes with a process that dies; the file's text names the holder.
+
+        Raises:
+            FolderError: naming host and process of another driver that holds it.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        path = self.root / ".lock"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise FolderError(f"{self.root} is being written by {holder or 'another process'}") from None
+            if holder and not holder.endswith(f"on {socket.gethostname()}"):
+                raise FolderError(
+                    f"{self.root} was being written by {holder}; if that is no longer running, delete {path}"
+                )
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            yield
+            os.ftruncate(descriptor, 0)
+        finally:
+            os.close(descriptor)
