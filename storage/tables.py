@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -54,7 +55,7 @@ def table_from_rows(name: str, rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     arrays = []
     for field in schema:
         try:
-            arrays.append(pa.array([row.get(field.name) for row in records], field.type, from_pandas=True))
+            arrays.append(pa.array([_or_null(row.get(field.name)) for row in records], field.type))
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise TableError(f"table {name!r}, column {field.name} ({field.type}): {error}") from None
     return pa.table(arrays, schema=schema)
@@ -121,6 +122,10 @@ def describe(name: str) -> list[tuple[str, str, str, str]]:
         notes = {key.decode(): value.decode() for key, value in (field.metadata or {}).items()}
         rows.append((field.name, str(field.type), notes["unit"], notes["description"]))
     return rows
+
+
+def _or_null(value: Any) -> Any:
+    return None if isinstance(value, (float, np.floating)) and np.isnan(value) else value
 
 
 def _schema(name: str) -> pa.Schema:
