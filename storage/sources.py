@@ -103,6 +103,10 @@ def check_whole(path: Path, shown: str, voxel_bytes: int) -> None:
                 f"{shown}: the file is truncated, {voxel_bytes} bytes of voxels expected, "
                 f"{max(0, found - _nifti_offset(header))} found; copy it again"
             )
+    elif kind in (".hdr", ".img"):
+        data = path.with_suffix(".img")
+        if data.exists() and data.stat().st_size < voxel_bytes:
+            raise ImageError(f"{shown}: the .img file is truncated; copy it again")
     elif kind in PICTURE_SUFFIXES:
         try:
             with Picture.open(path) as picture:

@@ -138,7 +138,9 @@ def test_several_frames_are_refused_with_the_way_to_split(tmp_path, volume):
         read_image(_write(sitk.JoinSeries([volume] * 3), tmp_path / "a.nii.gz"))
 
 
-@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.mha", "a.mhd", "a.nrrd", "a.png", "a.jpg", "a.tif"])
+@pytest.mark.parametrize(
+    "name", ["a.nii", "a.nii.gz", "a.mha", "a.mhd", "a.nrrd", "a.img", "a.png", "a.jpg", "a.tif"]
+)
 @pytest.mark.parametrize("keep", [0.0, 0.02, 0.5, 0.98])
 @pytest.mark.parametrize("packed", [False, True])
 def test_truncated_files_are_refused(tmp_path, volume, name, keep, packed):
