@@ -1,0 +1,217 @@
+"""The `samreg` command. Exit codes: 0 all done, 1 something failed or is missing, 2 wrong usage, 130 interrupted."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from pipeline.config import StudyConfig
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    help="Registers the images of a cohort by pairs of regions found with the Segment Anything Model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+cohort_app = typer.Typer(help="Make cohort manifests.", no_args_is_help=True)
+config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
+app.add_typer(cohort_app, name="cohort")
+app.add_typer(config_app, name="config")
+
+ConfigPath = Annotated[Path | None, typer.Argument(help="YAML configuration; defaults without one.")]
+CohortOption = Annotated[Path, typer.Option("--cohort", help="Cohort manifest, CSV or Parquet.")]
+PairsOption = Annotated[
+    str | None,
+    typer.Option("--pairs", help="Pairs file, CSV or Parquet; or one of all, star, intra, knn."),
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")
+]
+OutOption = Annotated[Path, typer.Option("--out", help="Study folder.")]
+ExecutorOption = Annotated[str | None, typer.Option("--executor", help="auto, ray or serial.")]
+WorkersOption = Annotated[int | None, typer.Option("--workers", help="Worker processes.")]
+
+
+@app.command()
+def run(
+    config: ConfigPath = None,
+    *,
+    cohort: CohortOption,
+    out: OutOption,
+    pairs: PairsOption = None,
+    overrides: SetOption = None,
+    executor: ExecutorOption = None,
+    workers: WorkersOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Encode again if the folder was made with other settings.")
+    ] = False,
+) -> None:
+    """Run or resume a study."""
+    from pipeline.summary import print_summary
+
+    console = Console(stderr=True)
+    with _errors_as_exit_codes(out):
+        from pipeline.progress import Reporter
+        from pipeline.request import read_request
+        from pipeline.study import run_study
+
+        request = read_request(config, cohort, pairs, _with_flags(overrides, executor, workers))
+        summary = run_study(
+            request.config,
+            request.cohort,
+            out,
+            request.pairs,
+            request.unknown,
+            overwrite=overwrite,
+            reporter=Reporter(console),
+        )
+        print_summary(console, out, summary)
+        code = FAILED if summary.n_failures else 0
+    raise typer.Exit(code)
+
+
+@app.command()
+def plan(
+    config: ConfigPath = None,
+    *,
+    cohort: CohortOption,
+    out: OutOption = Path("study"),
+    pairs: PairsOption = None,
+    overrides: SetOption = None,
+    executor: ExecutorOption = None,
+    workers: WorkersOption = None,
+) -> None:
+    """Say what `run` would do: subjects, slices, pairs, store size and time, without doing it."""
+    with _errors_as_exit_codes(out):
+        from pipeline.plan import describe_plan, make_plan
+        from pipeline.request import read_request
+
+        request = read_request(config, cohort, pairs, _with_flags(overrides, executor, workers))
+        typer.echo(describe_plan(make_plan(request, out)))
+
+
+@app.command()
+def status(
+    study: Annotated[Path, typer.Argument(help="Study folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Count what is done, failed and missing; exit code 1 if anything failed or is missing."""
+    with _errors_as_exit_codes(study):
+        from pipeline.status import describe_status, read_status
+
+        found = read_status(study)
+        typer.echo(json.dumps(found.to_dict()) if as_json else describe_status(found))
+        code = 0 if found.complete else FAILED
+    raise typer.Exit(code)
+
+
+@cohort_app.command("scan")
+def cohort_scan(
+    folder: Annotated[Path, typer.Argument(help="Folder of images, BIDS or Learn2Reg dataset JSON.")],
+    out: Annotated[Path, typer.Option("--out", help="Manifest to write, CSV or Parquet.")],
+) -> None:
+    """Write a cohort manifest for a folder, a BIDS dataset or a Learn2Reg dataset JSON."""
+    with _errors_as_exit_codes(out):
+        from storage.cohort import write_cohort
+        from storage.scan import scan
+
+        found = scan(folder)
+        write_cohort(found, out)
+        with_label = sum(1 for subject in found.subjects if subject.label)
+        typer.echo(f"{out}: {len(found.subjects)} subjects, {with_label} with labels")
+
+
+@config_app.command("show")
+def config_show(config: ConfigPath = None, *, overrides: SetOption = None) -> None:
+    """Print the resolved configuration, every default filled in."""
+    import yaml
+
+    typer.echo(yaml.safe_dump(_load(config, overrides).resolved(), sort_keys=False), nl=False)
+
+
+@config_app.command("validate")
+def config_validate(config: ConfigPath = None, *, overrides: SetOption = None) -> None:
+    """Check a configuration; exit code 2 if it cannot be used."""
+    _load(config, overrides)
+    typer.echo(f"{config or 'defaults'}: valid")
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of the configuration."""
+    from pipeline.config import StudyConfig
+
+    typer.echo(json.dumps(StudyConfig.model_json_schema(), indent=2))
+
+
+def _load(config: Path | None, overrides: list[str] | None) -> StudyConfig:
+    with _errors_as_exit_codes(None):
+        from pipeline.config import load_config
+
+        found = load_config(config, overrides or [])
+    return found
+
+
+def _with_flags(overrides: list[str] | None, executor: str | None, workers: int | None) -> list[str]:
+    """`--executor` and `--workers` are short for two settings."""
+    flags = list(overrides or [])
+    if executor is not None:
+        flags.append(f"execution.executor={executor}")
+    if workers is not None:
+        flags.append(f"execution.workers={workers}")
+    return flags
+
+
+@contextmanager
+def _errors_as_exit_codes(out: Path | None) -> Iterator[None]:
+    """Expected errors become one clear line and an exit code; anything else is a bug and keeps its traceback."""
+    from pipeline.errors import StudyError, UsageError
+    from storage.manifest import CohortError
+    from storage.sources import ImageError
+    from storage.tables import TableError
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        _stop(f"interrupted; what is finished is kept. Run the same command again to go on in {out}", INTERRUPTED)
+    except StudyError as error:
+        _stop(str(error), FAILED)
+    except (UsageError, CohortError, ImageError, TableError, FileNotFoundError, PermissionError) as error:
+        _stop(str(error), USAGE)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    typer.echo(f"samreg: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    """A scheduler's SIGTERM ends a run as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point of the command."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logging.getLogger("samreg").setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, _terminate)
+    app(prog_name="samreg")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""The study configuration: one model that composes the settings written beside each algorithm.
+
+YAML key = attribute name. Order of precedence: defaults, `preset`, the file, `--set`. An unknown key is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from actors.build import SegmenterConfig
+from actors.component_tree import ComponentTreeConfig
+from actors.encoder import InputConfig
+from pipeline.algorithms.ddf import FitConfig
+from pipeline.algorithms.matching import MatchConfig
+from pipeline.algorithms.prototypes import PrototypeConfig
+from pipeline.algorithms.rois import RoiConfig
+from pipeline.dispatch import ExecutionConfig
+from pipeline.errors import UsageError
+from pipeline.pairs import PairsConfig
+from pipeline.presets import PRESETS
+
+
+class ConfigError(UsageError):
+    """The configuration cannot be used; the message names the key and what is allowed."""
+
+
+class StudyConfig(BaseModel):
+    """Everything that a study is made with."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    preset: str | None = None
+    """Named set of overrides that this configuration starts from."""
+    input: InputConfig = InputConfig()
+    """How an image becomes 8-bit slices."""
+    segmenter: Annotated[SegmenterConfig, Field(discriminator="name")] = ComponentTreeConfig()
+    """Which backend finds ROIs and features."""
+    rois: RoiConfig = RoiConfig()
+    """Which candidate ROIs are kept."""
+    prototypes: PrototypeConfig = PrototypeConfig()
+    """How features are pooled over a ROI."""
+    match: MatchConfig = MatchConfig()
+    """How ROIs are paired."""
+    fit: FitConfig = FitConfig()
+    """How the displacement field is fitted."""
+    pairs: PairsConfig = PairsConfig()
+    """Which pairs of the cohort are registered."""
+    execution: ExecutionConfig = ExecutionConfig()
+    """Where it runs; never changes a result."""
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain nested dict, every default filled in."""
+        return self.model_dump(mode="json")
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> StudyConfig:
+    """Read a YAML file (None: defaults) and apply `a.b=value` overrides.
+
+    Raises:
+        ConfigError: for a file that is not a YAML mapping, an unknown key or a value out of range.
+    """
+    given = _read_yaml(Path(path)) if path is not None else {}
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        _merge(changes, _expand_short(_parse_override(override)))
+    return make_config(_merged(_expand_short(given), changes))
+
+
+def make_config(given: Mapping[str, Any]) -> StudyConfig:
+    """Check a nested dict of settings.
+
+    Raises:
+        ConfigError: for an unknown key, naming its path and the nearest right one, or a value out of range.
+    """
+    preset = given.get("preset")
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError(f"preset: unknown preset {preset!r}{_suggest(str(preset), PRESETS)}")
+    values = _merged(PRESETS.get(str(preset), {}), _expand_short(given))
+    for message in _unknown_keys(StudyConfig, values, ""):
+        raise ConfigError(message)
+    try:
+        return StudyConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(item) for item in error.errors())) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, got {type(loaded).__name__}")
+    return loaded
+
+
+def _expand_short(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`pairs: star` spelt out, and a segmenter without a name as the default one."""
+    values = dict(given)
+    if isinstance(values.get("pairs"), str):
+        values["pairs"] = {"mode": values["pairs"]}
+    return values
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip():
+        raise ConfigError(f"--set {text!r}: expected KEY=VALUE, for example match.epsilon=0.75")
+    try:
+        nested: Any = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text!r}: the value is not YAML: {error}") from None
+    for name in reversed(path.strip().split(".")):
+        nested = {name: nested}
+    return typing.cast(dict[str, Any], nested)
+
+
+def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for name, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(base.get(name), dict):
+            _merge(base[name], value)
+        else:
+            base[name] = _merged(value, {}) if isinstance(value, Mapping) else value
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    _merge(result, base)
+    _merge(result, changes)
+    return result
+
+
+def _describe(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-"))
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return message if message.startswith(where) else f"{where}: {message} (got {item['input']!r})"
+
+
+def _suggest(name: str, allowed: typing.Iterable[str]) -> str:
+    names = sorted(allowed)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(names)}"
+
+
+def _unknown_keys(kind: Any, values: object, path: str) -> Iterator[str]:
+    """Messages for keys of `values` that the type does not have, nested types included."""
+    fields = _fields_of(kind, values)
+    if fields is None or not isinstance(values, Mapping):
+        return
+    for name, value in values.items():
+        where = f"{path}.{name}" if path else str(name)
+        if name not in fields:
+            yield f"unknown setting {where!r}{_suggest_path(str(name), fields, path)}"
+        else:
+            yield from _unknown_keys(fields[name], value, where)
+
+
+def _suggest_path(name: str, fields: Mapping[str, Any], path: str) -> str:
+    return _suggest(f"{path}.{name}" if path else name, [f"{path}.{f}" if path else f for f in fields])
+
+
+def _fields_of(kind: Any, values: object) -> dict[str, Any] | None:
+    """Field names and types of a model or dataclass; for a union the member whose `name` the values give."""
+    if typing.get_origin(kind) is Annotated:
+        return _fields_of(typing.get_args(kind)[0], values)
+    if typing.get_origin(kind) in (Union, types.UnionType):
+        members = [_fields_of(member, values) for member in typing.get_args(kind)]
+        known = [fields for fields in members if fields is not None]
+        named = values.get("name") if isinstance(values, Mapping) else None
+        fitting = [fields for fields in known if named in typing.get_args(fields.get("name"))]
+        return (fitting or known or [None])[0]
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return {name: Annotated[field.annotation, None] for name, field in kind.model_fields.items()}
+    if dataclasses.is_dataclass(kind):
+        return typing.get_type_hints(kind, include_extras=True)
+    return None

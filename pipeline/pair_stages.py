@@ -1,0 +1,154 @@
+"""The half of a study that costs pairs: what is still to match and fit, and where the results go."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline import results
+from pipeline.dispatch import Failure
+from pipeline.errors import StudyError
+from pipeline.failures import FailureLog
+from pipeline.folder import StudyFolder
+from pipeline.keys import PlannedPair
+from pipeline.stages import fit, match
+from storage import tables
+from storage.cohort import Pair
+
+if TYPE_CHECKING:
+    from pipeline.study import StageCount, Study
+
+LOG = logging.getLogger("samreg")
+GROUP = 4  # most pairs in one unit of fitting
+
+
+class IncompleteStudyError(StudyError):
+    """Rows are missing although every unit ended, as when someone deletes files during a run."""
+
+
+def run_pairs(study: Study, pairs: Sequence[Pair], planned: Sequence[PlannedPair]) -> None:
+    """Match and fit every pair whose rows are missing or made otherwise.
+
+    A pair whose subject failed is recorded as failed. If that subject's file cannot even be read, its earlier
+    rows stay, since nothing says that they are out of date; rows of pairs that are no longer asked for go.
+    """
+    for pair in pairs:
+        study.failures.block(pair)
+    known = {pair.pair for pair in planned}
+    unreadable = {pair.pair for pair in pairs if pair.pair not in known}
+    ready = [pair for pair in planned if pair.pair not in study.failures.pairs]
+    fitted = _holding(study.folder, planned, unreadable)
+    seconds = _match(study, ready, planned, unreadable, fitted)
+    _fit(study, ready, fitted, seconds)
+    _check_complete(study.folder.root, ready, study.failures)
+
+
+def _holding(folder: StudyFolder, planned: Sequence[PlannedPair], unreadable: set[str]) -> set[str]:
+    """Pairs whose metrics and transform still hold; other rows and transforms are removed."""
+    present = {path.name for path in folder.transforms.glob("*.h5")} if folder.transforms.exists() else set()
+    wanted = {
+        pair.pair: (pair.fit_key, pair.part)
+        for pair in planned
+        if folder.transform(pair.pair).name in present
+    }
+    held = results.reconcile(folder.root, "metrics", wanted, unreadable)
+    for name in present - {folder.transform(pair).name for pair in held}:
+        (folder.transforms / name).unlink()
+    return held
+
+
+def _match(
+    study: Study,
+    ready: Sequence[PlannedPair],
+    planned: Sequence[PlannedPair],
+    unreadable: set[str],
+    fitted: set[str],
+) -> dict[str, float]:
+    """Match what is missing, a tile of pairs per unit; seconds by pair.
+
+    A pair without any match has no rows; its metrics row, with no ROI, tells that it was matched.
+    """
+    root = study.folder.root
+    wanted = {pair.pair: (pair.match_key, pair.part) for pair in planned}
+    matched = results.reconcile(root, "correspondences", wanted, unreadable)
+    matched |= fitted & results.pairs_without_rois(root)
+    missing = [pair for pair in ready if pair.pair not in matched]
+    count = study.start_stage("match", reused=len(ready) - len(missing))
+    units = [match.MatchUnit(part, tuple(members)) for part, members in _by_part(missing).items()]
+    seconds: dict[str, float] = {}
+    task = match.task(study.config, root, study.folder.embeddings)
+    for unit, outcome in study.outcomes(task, units, "pairs", [len(unit.pairs) for unit in units]):
+        for pair, result in zip(unit.pairs, _each(outcome, len(unit.pairs)), strict=True):
+            if isinstance(result, Failure):
+                _fail(study, count, pair, result)
+            else:
+                count.done += 1
+                seconds[pair.pair] = result
+    return seconds
+
+
+def _fit(study: Study, ready: Sequence[PlannedPair], fitted: set[str], seconds: dict[str, float]) -> None:
+    """Fit what is missing, a few pairs per unit, writing the metrics rows of each unit as it ends."""
+    root = study.folder.root
+    missing = [p for p in ready if p.pair not in fitted and p.pair not in study.failures.pairs]
+    blocked = sum(1 for p in ready if p.pair in study.failures.pairs)
+    count = study.start_stage("fit", reused=len(ready) - len(missing) - blocked)
+    size = max(1, min(GROUP, math.ceil(len(missing) / (4 * study.executor.workers))))
+    units = []
+    for part, members in _by_part(missing).items():
+        for start in range(0, len(members), size):
+            group = tuple(members[start : start + size])
+            names = {name for pair in group for name in (pair.moving, pair.fixed)}
+            subjects = {name: study.subjects[name] for name in names}
+            times = tuple(seconds.get(pair.pair) for pair in group)
+            units.append(fit.FitUnit(f"{part}.{start:03d}", part, group, subjects, times))
+    task = fit.task(study.config, study.folder)
+    for unit, outcome in study.outcomes(task, units, "pairs", [len(unit.pairs) for unit in units]):
+        rows = []
+        for pair, result in zip(unit.pairs, _each(outcome, len(unit.pairs)), strict=True):
+            if isinstance(result, Failure):
+                _fail(study, count, pair, result)
+            else:
+                count.done += 1
+                rows += result
+        if rows:
+            names_done = {row["pair"] for row in rows}
+            results.merge_rows(root, "metrics", unit.part, tables.table_from_rows("metrics", rows), names_done)
+
+
+def _by_part(pairs: Iterable[PlannedPair]) -> dict[str, list[PlannedPair]]:
+    parts: dict[str, list[PlannedPair]] = defaultdict(list)
+    for pair in pairs:
+        parts[pair.part].append(pair)
+    return dict(sorted(parts.items()))
+
+
+def _each(outcome: object, count: int) -> Sequence[object]:
+    """Results of the pairs of a unit; a unit that failed as a whole fails each of them."""
+    return [outcome] * count if isinstance(outcome, Failure) else list(outcome)  # type: ignore[call-overload]
+
+
+def _fail(study: Study, count: StageCount, pair: PlannedPair, failure: Failure) -> None:
+    if failure.disk_full:
+        raise study.disk_full(failure.message)
+    count.failed += 1
+    study.failures.add_pair(count.stage, Pair(pair.pair, pair.moving, pair.fixed), failure)
+    LOG.warning("%s: %s failed: %s", count.stage, pair.pair, failure.message)
+
+
+def _check_complete(root: Path, ready: Sequence[PlannedPair], failures: FailureLog) -> None:
+    """Every pair is in the metrics table under its key, or in the failures table.
+
+    Raises:
+        IncompleteStudyError: naming pairs that are in neither.
+    """
+    table = tables.read_table(root, "metrics")
+    have = set(zip(table.column("pair").to_pylist(), table.column("key").to_pylist(), strict=True))
+    lost = [p.pair for p in ready if (p.pair, p.fit_key) not in have and p.pair not in failures.pairs]
+    if lost:
+        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+        raise IncompleteStudyError(f"no result for {', '.join(lost[:5])}{more}; run the same command again")

@@ -1,0 +1,144 @@
+"""What a study folder was made with: `run.yaml`, `plan.json`, and the refusal to mix two studies."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import StudyConfig
+from pipeline.folder import FolderError, StudyFolder
+from pipeline.inputs import InputDigests
+from pipeline.keys import PlannedPair, SubjectKeys, encode_settings
+from storage import tables
+from storage.cohort import Pair
+from storage.signature import SignatureMismatch, check_signature, digest
+
+if TYPE_CHECKING:
+    from pipeline.study import StageCount
+
+PACKAGES = ("samreg", "ray", "torch", "numpy", "scipy", "SimpleITK", "zarr", "pyarrow")
+
+
+def check_settings(
+    folder: StudyFolder, config: StudyConfig, segmenter: Mapping[str, Any], overwrite: bool
+) -> None:
+    """Refuse a folder whose embeddings were made with other input or segmenter settings.
+
+    Other changes are no conflict: whatever depends on them is made again. These would throw away the expensive
+    embeddings of every subject, so that has to be asked for.
+
+    Raises:
+        FolderError: naming both values.
+    """
+    record = folder.read_run() if not overwrite else None
+    if record is None:
+        return
+    try:
+        check_signature(f"study {folder.root}", record.get("encode", {}), encode_settings(config, segmenter))
+    except SignatureMismatch as error:
+        raise FolderError(
+            f"{error}. Choose another --out, go back to the stored settings, or add --overwrite to encode again"
+        ) from None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that compute."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def write_run(
+    folder: StudyFolder,
+    config: StudyConfig,
+    segmenter: Mapping[str, Any],
+    inputs: Mapping[str, InputDigests],
+) -> dict[str, Any]:
+    """Write `run.yaml`: no paths, no times, so equal studies have equal records."""
+    settings = config.resolved()
+    results = {name: value for name, value in settings.items() if name not in ("execution", "preset")}
+    record = {
+        "config": settings,
+        "digests": {
+            "config": digest(results),
+            "inputs": digest({name: dataclasses.asdict(found) for name, found in inputs.items()}),
+        },
+        "encode": encode_settings(config, segmenter),
+        "versions": versions(),
+    }
+    folder.write_run(record)
+    return record
+
+
+def write_plan(
+    folder: StudyFolder,
+    subjects: Sequence[str],
+    keys: Mapping[str, SubjectKeys],
+    pairs: Sequence[Pair] | None,
+    planned: Sequence[PlannedPair],
+) -> None:
+    """Write `plan.json`: every subject and pair of this run with its keys; null where an input is unreadable."""
+    by_name = {pair.pair: pair for pair in planned}
+    folder.write_plan(
+        {
+            "subjects": {
+                name: {"encode": keys[name].encode, "prototypes": keys[name].prototypes}
+                if name in keys
+                else None
+                for name in subjects
+            },
+            "pairs": None
+            if pairs is None
+            else {
+                pair.pair: {"match": by_name[pair.pair].match_key, "fit": by_name[pair.pair].fit_key}
+                if pair.pair in by_name
+                else None
+                for pair in pairs
+            },
+        }
+    )
+
+
+def append_run(
+    folder: StudyFolder,
+    record: Mapping[str, Any],
+    start: float,
+    stages: Sequence[StageCount],
+    workers: int,
+) -> None:
+    """Add one row per stage to the runs table."""
+    started = datetime.fromtimestamp(start, UTC)
+    run = f"{started:%Y%m%dT%H%M%S}-{os.getpid()}"
+    shared = {
+        "run": run,
+        "started": started,
+        "finished": datetime.now(UTC),
+        "config_digest": record["digests"]["config"],
+        "samreg_version": record["versions"]["samreg"],
+        "python": record["versions"]["python"],
+        "packages": json.dumps(record["versions"]),
+        "executor": record["config"]["execution"]["executor"],
+        "workers": workers,
+    }
+    rows = [
+        {
+            **shared,
+            "stage": stage.stage,
+            "units_done": stage.done,
+            "units_failed": stage.failed,
+            "seconds": stage.seconds,
+            "peak_memory_bytes": stage.peak_memory_bytes,
+        }
+        for stage in stages
+    ]
+    tables.write_part(folder.root, "runs", run, tables.table_from_rows("runs", rows))

@@ -1,0 +1,130 @@
+"""Evaluate a fitted field against labels and landmarks: before, centre-aligned, affine part alone, final.
+
+Label rows are those of the union of labels of the two maps; a label that one map lacks has Dice 0 and no
+distance. Label 0 is the mean over the labels that both maps hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.algorithms import metrics, warp
+from pipeline.algorithms.ddf import FitResult
+from storage.geometry import Geometry, center_alignment, moving_to_fixed
+
+Row = dict[str, Any]
+WORSE_THAN_AFFINE = 0.05
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a subject is evaluated by.
+
+    Attributes:
+        geometry: grid of its image.
+        labels: int32 [D, H, W] or None.
+        landmarks: float64 [N, 3] local mm (z, y, x), or None.
+    """
+
+    geometry: Geometry
+    labels: npt.NDArray[np.int32] | None = None
+    landmarks: npt.NDArray[np.float64] | None = None
+
+
+def evaluate(fixed: Reference, moving: Reference, fit: FitResult) -> list[Row]:
+    """Metric rows of one pair without its names: label 0 first, then the labels in order.
+
+    Raises:
+        ValueError: for landmark files of different length.
+    """
+    shared = {**_field_columns(fit, fixed.geometry), **_landmark_columns(fixed, moving, fit)}
+    if fixed.labels is None or moving.labels is None:
+        return [{"label": 0, **shared}]
+    rows = _label_rows(fixed, moving, fit)
+    mean = _mean_row([row for row in rows if row.pop("in_both")])
+    return [{**row, **shared} for row in [mean, *rows]]
+
+
+def _label_rows(fixed: Reference, moving: Reference, fit: FitResult) -> list[Row]:
+    assert fixed.labels is not None
+    assert moving.labels is not None
+    values = sorted((set(np.unique(fixed.labels)) | set(np.unique(moving.labels))) - {0})
+    rows: list[Row] = [
+        {"label": int(v), "in_both": bool((fixed.labels == v).any() and (moving.labels == v).any())}
+        for v in values
+    ]
+    spacing = fixed.geometry.spacing_mm
+    for stage, ending in (("before", "_before"), ("centered", "_centered"), ("affine", "_affine"), ("final", "")):
+        moved = _moved_labels(fixed, moving, fit, stage)
+        for row in rows:
+            here, there = fixed.labels == row["label"], moved == row["label"]
+            row[f"dice{ending}"] = metrics.dice(here, there)
+            if stage == "centered" or not here.any() or not there.any():
+                continue
+            row[f"tre_vox{ending}"] = metrics.centroid_distance(here, there, (1.0, 1.0, 1.0))
+            if fixed.geometry.has_spacing:
+                row[f"tre_mm{ending}"] = metrics.centroid_distance(here, there, spacing)
+            if stage == "affine":
+                continue
+            if fixed.geometry.has_spacing:
+                row[f"hd95_mm{ending}"] = metrics.hd95(here, there, spacing)
+            if stage == "final":
+                row["hd95_vox"] = metrics.hd95(here, there, (1.0, 1.0, 1.0))
+    return rows
+
+
+def _moved_labels(fixed: Reference, moving: Reference, fit: FitResult, stage: str) -> npt.NDArray[np.int32]:
+    """Moving labels on the fixed grid under one of the four maps."""
+    assert moving.labels is not None
+    shape, spacing = fixed.geometry.shape, fixed.geometry.spacing_mm
+    affine = {
+        "before": np.eye(4),
+        "centered": center_alignment(fixed.geometry, moving.geometry),
+        "affine": fit.affine,
+    }
+    ddf = fit.ddf if stage == "final" else warp.affine_ddf(affine[stage], shape, spacing)
+    between = moving_to_fixed(fixed.geometry, moving.geometry)
+    return warp.warp_labels(moving.labels, warp.moving_indices(ddf, spacing, between, moving.geometry.spacing_mm))
+
+
+def _mean_row(rows: list[Row]) -> Row:
+    """Label 0: the mean of every column over the given rows; a column that no row has is left out."""
+    names = {name for row in rows for name in row} - {"label"}
+    means = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
+    return {"label": 0, **{name: float(np.mean(values)) for name, values in means.items() if values}}
+
+
+def _landmark_columns(fixed: Reference, moving: Reference, fit: FitResult) -> Row:
+    """Mean landmark distances; a fixed landmark is carried into the moving image by the pull-back field."""
+    if fixed.landmarks is None or moving.landmarks is None:
+        return {}
+    if len(fixed.landmarks) != len(moving.landmarks):
+        raise ValueError(
+            f"{len(fixed.landmarks)} fixed but {len(moving.landmarks)} moving landmarks; rows must correspond"
+        )
+    spacing = np.asarray(fixed.geometry.spacing_mm)
+    target = warp.apply_affine(moving_to_fixed(fixed.geometry, moving.geometry), moving.landmarks)
+    carried = {
+        "_before": fixed.landmarks,
+        "_affine": warp.apply_affine(fit.affine, fixed.landmarks),
+        "": warp.warp_points(fixed.landmarks, fit.ddf, fixed.geometry.spacing_mm),
+    }
+    columns: Row = {}
+    for ending, points in carried.items():
+        columns[f"landmark_tre_vox{ending}"] = _mean_distance((points - target) / spacing)
+        if fixed.geometry.has_spacing:
+            columns[f"landmark_tre_mm{ending}"] = _mean_distance(points - target)
+    return columns
+
+
+def _mean_distance(differences: npt.NDArray[np.float64]) -> float:
+    return float(np.linalg.norm(differences, axis=1).mean())
+
+
+def _field_columns(fit: FitResult, geometry: Geometry) -> Row:
+    found = metrics.jacobian_stats(fit.ddf, geometry.spacing_mm)
+    return {"sdlogj": found.sdlogj, "fold_fraction": found.fold_fraction}

@@ -1,0 +1,174 @@
+"""Fit: the displacement field of a few pairs from their matched ROIs, written as transforms, and its metrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline import results
+from pipeline.algorithms.ddf import FitConfig, FitResult, fit_ddf
+from pipeline.algorithms.roi_fields import Roi, RoiPair
+from pipeline.config import StudyConfig
+from pipeline.dispatch import Failure, Task, attempt
+from pipeline.folder import StudyFolder
+from pipeline.keys import PlannedPair
+from pipeline.stages.evaluate import WORSE_THAN_AFFINE, Reference, Row, evaluate
+from storage.cohort import Subject
+from storage.embeddings import EmbeddingStore, SubjectEmbedding
+from storage.geometry import moving_to_fixed
+from storage.images import read_labels
+from storage.landmarks import read_landmarks
+from storage.transforms import write_transform
+
+
+@dataclass(frozen=True)
+class FitUnit:
+    """A few pairs of one tile.
+
+    Attributes:
+        name: unique among the units.
+        part: where the correspondences are.
+        subjects: manifest rows of the subjects in `pairs`.
+        seconds_match: of each pair; None where the matching was reused.
+    """
+
+    name: str
+    part: str
+    pairs: tuple[PlannedPair, ...]
+    subjects: Mapping[str, Subject]
+    seconds_match: tuple[float | None, ...]
+
+    @property
+    def unit(self) -> str:
+        """Name in failure rows."""
+        return self.name
+
+
+@dataclass(frozen=True)
+class _PairUnit:
+    pair: PlannedPair
+    matches: list[dict[str, Any]]
+    seconds_match: float | None
+
+    @property
+    def unit(self) -> str:
+        return self.pair.pair
+
+
+def task(config: StudyConfig, folder: StudyFolder) -> Task:
+    """The task of fitting, for `pipeline.dispatch`."""
+    return Task("fit", partial(_build, config.fit, folder))
+
+
+def _build(config: FitConfig, folder: StudyFolder, device: str) -> Callable[[FitUnit], list[list[Row] | Failure]]:
+    return partial(run_unit, folder, EmbeddingStore(folder.embeddings), config)
+
+
+def run_unit(
+    folder: StudyFolder, store: EmbeddingStore, config: FitConfig, unit: FitUnit
+) -> list[list[Row] | Failure]:
+    """Fit and evaluate each pair; its metrics rows, or the Failure, of each."""
+    names = [pair.pair for pair in unit.pairs]
+    matches = results.rows_of(folder.root, "correspondences", unit.part, names)
+
+    @lru_cache(maxsize=2 * len(unit.pairs))
+    def reference(name: str) -> Reference:
+        return read_reference(store, unit.subjects[name])
+
+    def fit_one(item: _PairUnit) -> list[Row]:
+        return fit_pair(folder, store, config, item, reference)
+
+    return [
+        attempt(fit_one, _PairUnit(pair, matches[pair.pair], seconds))
+        for pair, seconds in zip(unit.pairs, unit.seconds_match, strict=True)
+    ]
+
+
+def read_reference(store: EmbeddingStore, subject: Subject) -> Reference:
+    """Labels and landmarks of a subject where the manifest gives them.
+
+    Raises:
+        ImageError: naming the file, for labels on another grid among others.
+    """
+    geometry = store.read(subject.subject).geometry
+    labels = read_labels(subject.label, geometry) if subject.label else None
+    landmarks = read_landmarks(subject.landmarks, geometry) if subject.landmarks else None
+    return Reference(geometry, labels, landmarks)
+
+
+def fit_pair(
+    folder: StudyFolder,
+    store: EmbeddingStore,
+    config: FitConfig,
+    item: _PairUnit,
+    reference: Callable[[str], Reference],
+) -> list[Row]:
+    """Fit one pair, write its transform, and return its metrics rows."""
+    pair = item.pair
+    fixed, moving = store.read(pair.fixed), store.read(pair.moving)
+    known_fixed, known_moving = reference(pair.fixed), reference(pair.moving)
+    start = time.perf_counter()
+    result = fit_ddf(
+        roi_pairs(fixed, moving, item.matches),
+        fixed.geometry.shape,
+        fixed.geometry.spacing_mm,
+        moving.geometry.spacing_mm,
+        moving_to_fixed(fixed.geometry, moving.geometry),
+        config,
+    )
+    seconds = time.perf_counter() - start
+    rows = evaluate(known_fixed, known_moving, result)
+    signature = {"pair": pair.pair, "moving": pair.moving, "fixed": pair.fixed, "key": pair.fit_key}
+    write_transform(folder.transform(pair.pair), result.ddf, fixed.geometry, signature, moving.geometry)
+    shared = {
+        "pair": pair.pair,
+        "moving": pair.moving,
+        "fixed": pair.fixed,
+        "n_rois": len(item.matches),
+        "n_slices": len({row["fixed_slice"] for row in item.matches}),
+        "fallback": result.fallback,
+        "flag": _flag(rows[0], result),
+        "seconds_match": item.seconds_match,
+        "seconds_fit": seconds,
+        "key": pair.fit_key,
+    }
+    return [{**row, **shared} for row in rows]
+
+
+def roi_pairs(
+    fixed: SubjectEmbedding, moving: SubjectEmbedding, matches: list[dict[str, Any]]
+) -> list[RoiPair]:
+    """Matched ROIs as crops of their slices, weighted by confidence."""
+    here = _rois(fixed, [row["fixed_roi"] for row in matches])
+    there = _rois(moving, [row["moving_roi"] for row in matches])
+    return [
+        RoiPair(here[row["fixed_roi"]], there[row["moving_roi"]], float(row["confidence"])) for row in matches
+    ]
+
+
+def _rois(embedding: SubjectEmbedding, rows: list[int]) -> dict[int, Roi]:
+    wanted = sorted(set(rows))
+    masks = embedding.masks(wanted)
+    return {row: _crop(mask, int(embedding.roi_slice[row])) for row, mask in zip(wanted, masks, strict=True)}
+
+
+def _crop(mask: npt.NDArray[np.bool_], z: int) -> Roi:
+    """The mask [H, W] as a slab of slice z, cut to its bounding box."""
+    ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    box = mask[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
+    return Roi(box[None], (z, int(ys[0]), int(xs[0])))
+
+
+def _flag(mean: Row, result: FitResult) -> str:
+    """What to look at: a fallback, or a final Dice that falls behind the affine one."""
+    flags = [] if result.fallback == "none" else [f"fallback_{result.fallback}"]
+    if mean.get("dice") is not None and mean["dice"] < mean["dice_affine"] - WORSE_THAN_AFFINE:
+        flags.append("worse_than_affine")
+    return " ".join(flags)

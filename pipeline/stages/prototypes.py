@@ -1,0 +1,171 @@
+"""Prototypes: filter the candidate ROIs of a subject and pool its features over them, one subject per unit.
+
+Reads the embedding store only, so filters and pooling can change without encoding again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.algorithms.prototypes import PrototypeConfig, pool
+from pipeline.algorithms.rois import RoiConfig, filter_rois, moments
+from pipeline.config import StudyConfig
+from pipeline.dispatch import Task
+from pipeline.keys import SubjectKeys
+from storage import tables
+from storage.cohort import subject_key
+from storage.embeddings import EmbeddingStore, SubjectEmbedding
+
+
+class NoRoiError(ValueError):
+    """No ROI of a subject is left to match."""
+
+
+@dataclass(frozen=True)
+class PrototypeUnit:
+    """One subject to pool."""
+
+    subject: str
+    signature: dict[str, Any]
+    key: str
+
+    @property
+    def unit(self) -> str:
+        """Name in failure rows."""
+        return self.subject
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """What one unit wrote."""
+
+    subject: str
+    n_rois: int
+
+
+def plan(root: Path, store: EmbeddingStore, keys: Mapping[str, SubjectKeys]) -> list[PrototypeUnit]:
+    """Units of the subjects whose prototypes or ROI table are missing or made otherwise."""
+    present = set(tables.part_names(root, "rois"))
+    units = []
+    for subject, key in keys.items():
+        stored = store.read_prototypes(subject)
+        if stored is None or stored[0] != key.prototypes_signature or subject_key(subject) not in present:
+            units.append(PrototypeUnit(subject, key.prototypes_signature, key.prototypes))
+    return units
+
+
+def task(config: StudyConfig, root: Path, store: Path) -> Task:
+    """The task of pooling, for `pipeline.dispatch`."""
+    return Task("prototypes", partial(_build, config.rois, config.prototypes, root, store))
+
+
+def _build(
+    rois: RoiConfig, prototypes: PrototypeConfig, root: Path, store: Path, device: str
+) -> Callable[[PrototypeUnit], Pooled]:
+    return partial(run_unit, root, EmbeddingStore(store), rois, prototypes)
+
+
+def run_unit(
+    root: Path, store: EmbeddingStore, rois: RoiConfig, config: PrototypeConfig, unit: PrototypeUnit
+) -> Pooled:
+    """Filter and pool one subject: its ROI rows first, its prototypes, which mark it done, last.
+
+    Raises:
+        NoRoiError: saying how many candidates there were and what took them away.
+    """
+    embedding = store.read(unit.subject)
+    chosen, pooled = _pool_slices(embedding, rois, config)
+    if not len(chosen):
+        raise NoRoiError(_why_none(embedding))
+    columns = moments(embedding.masks(chosen), embedding.roi_slice[chosen], embedding.geometry.spacing_mm)
+    rows = _roi_rows(unit, embedding, chosen, columns)
+    tables.write_part(root, "rois", unit.subject, tables.table_from_rows("rois", rows))
+    arrays = {"prototypes": pooled, "roi": chosen.astype(np.int32), **_match_arrays(embedding, chosen, columns)}
+    store.write_prototypes(unit.subject, unit.signature, arrays)
+    return Pooled(unit.subject, len(chosen))
+
+
+def _pool_slices(
+    embedding: SubjectEmbedding, rois: RoiConfig, config: PrototypeConfig
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Store rows of the kept ROIs, [N], and their prototypes, float32 [N, C], slice by slice."""
+    if embedding.features is None:
+        raise ValueError("features were dropped; encode again to pool otherwise")
+    rows: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)]
+    pooled: list[npt.NDArray[np.float32]] = []
+    for z in np.unique(embedding.roi_slice):
+        here = np.flatnonzero(embedding.roi_slice == z)
+        masks = embedding.masks(here)
+        kept = filter_rois(masks, embedding.quality[here], embedding.stability[here], rois)
+        features = np.asarray(embedding.features[int(z)], dtype=np.float32)
+        values, valid = pool(features, masks[kept], embedding.extent, embedding.layout)
+        rows.append(here[kept][valid])
+        pooled.append(values[valid])
+    chosen = np.concatenate(rows)
+    return chosen, np.concatenate(pooled) if pooled else np.zeros((0, 0), np.float32)
+
+
+def _why_none(embedding: SubjectEmbedding) -> str:
+    count = len(embedding.roi_slice)
+    if count == 0:
+        return "the segmenter found no region in any slice; look at the image's contrast and input settings"
+    return f"none of {count} candidate regions passes the filters under rois; look at the area and quality limits"
+
+
+def remove_stale(root: Path, subjects: Iterable[str], failed: Iterable[str]) -> None:
+    """Remove the ROI tables of subjects that left the cohort or whose present image failed."""
+    wanted = {subject_key(name) for name in subjects} - {subject_key(name) for name in failed}
+    for part in tables.part_names(root, "rois"):
+        if part not in wanted:
+            (root / "rois" / f"{part}.parquet").unlink(missing_ok=True)
+
+
+def mean_prototype(store: EmbeddingStore, subject: str) -> npt.NDArray[np.float64]:
+    """Mean prototype of a subject, [C]: what `pairs: knn` compares."""
+    found = store.read_prototypes(subject)
+    assert found is not None
+    return found[1]["prototypes"].mean(axis=0, dtype=np.float64)
+
+
+def _roi_rows(
+    unit: PrototypeUnit,
+    embedding: SubjectEmbedding,
+    chosen: npt.NDArray[np.int64],
+    columns: Mapping[str, npt.NDArray[Any]],
+) -> list[dict[str, Any]]:
+    """Rows of the ROI table."""
+    pixels = embedding.mask_shape[0] * embedding.mask_shape[1]
+    return [
+        {
+            "subject": unit.subject,
+            "roi": int(row),
+            "slice": int(embedding.roi_slice[row]),
+            "area_px": int(columns["area_px"][n]),
+            "area_mm2": float(columns["area_mm2"][n]),
+            "area_fraction": float(columns["area_px"][n]) / pixels,
+            **{f"centroid_{a}_vox": float(v) for a, v in zip("zyx", columns["centroid_vox"][n], strict=True)},
+            **{f"centroid_{a}_mm": float(v) for a, v in zip("zyx", columns["centroid_mm"][n], strict=True)},
+            **{f"bbox_{c}": int(v) for c, v in zip(("y0", "x0", "y1", "x1"), columns["bbox"][n], strict=True)},
+            "quality": float(embedding.quality[row]),
+            "stability": float(embedding.stability[row]),
+            "key": unit.key,
+        }
+        for n, row in enumerate(chosen)
+    ]
+
+
+def _match_arrays(
+    embedding: SubjectEmbedding, chosen: npt.NDArray[np.int64], columns: Mapping[str, npt.NDArray[Any]]
+) -> dict[str, npt.NDArray[Any]]:
+    return {
+        "slice": embedding.roi_slice[chosen],
+        "centroid_mm": columns["centroid_mm"],
+        "area_mm2": columns["area_mm2"],
+    }

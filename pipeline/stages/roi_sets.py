@@ -1,0 +1,41 @@
+"""What matching needs to know of a subject's ROIs, read from its prototypes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.algorithms.matching import RoiSet
+from storage.embeddings import EmbeddingStore
+from storage.geometry import Geometry
+
+
+@dataclass(frozen=True)
+class SubjectRois:
+    """The ROIs of one subject.
+
+    Attributes:
+        rois: prototypes and moments.
+        roi: int32 [N], row of each ROI in the embedding store.
+        geometry: grid of the image.
+    """
+
+    rois: RoiSet
+    roi: npt.NDArray[np.int32]
+    geometry: Geometry
+
+
+def read_rois(store: EmbeddingStore, subject: str) -> SubjectRois:
+    """Read the prototypes of a subject.
+
+    Raises:
+        FileNotFoundError: when it has none.
+    """
+    stored = store.read_prototypes(subject)
+    if stored is None:
+        raise FileNotFoundError(f"no prototypes of subject {subject!r} in {store.root}")
+    arrays = stored[1]
+    rois = RoiSet(arrays["prototypes"], arrays["slice"], arrays["centroid_mm"], arrays["area_mm2"])
+    return SubjectRois(rois, arrays["roi"], store.read(subject).geometry)

@@ -1,0 +1,130 @@
+"""What a study folder holds compared with what its latest run asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UsageError
+from pipeline.folder import StudyFolder
+from storage import tables
+from storage.embeddings import EmbeddingStore
+from storage.signature import digest
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """Units of one stage: subjects for encode and prototypes, pairs for match and fit."""
+
+    stage: str
+    done: int
+    failed: int
+    missing: int
+
+
+@dataclass(frozen=True)
+class Status:
+    """State of a study.
+
+    Attributes:
+        stages: in order.
+        failures: (stage, unit, message) of the latest run.
+    """
+
+    stages: tuple[StageStatus, ...]
+    failures: tuple[tuple[str, str, str], ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing failed and nothing is missing."""
+        return not self.failures and not any(stage.failed or stage.missing for stage in self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self) | {"complete": self.complete}
+
+
+def read_status(study: Path) -> Status:
+    """Compare the folder with `plan.json`.
+
+    Raises:
+        UsageError: for a folder that no run has written to.
+    """
+    folder = StudyFolder(study)
+    plan = folder.read_plan()
+    if plan is None:
+        raise UsageError(f"{study} is not a study folder: it has no plan.json; start one with samreg run")
+    rows = tables.read_table(folder.root, "failures").to_pylist()
+    subjects: Mapping[str, Any] = plan["subjects"]
+    pairs: Mapping[str, Any] = plan["pairs"] or {}
+    failed_subjects = {stage: {r["subject"] for r in rows if r["stage"] == stage} for stage in ("encode", "prototypes")}
+    failed_pairs = {stage: {r["pair"] for r in rows if r["stage"] == stage} for stage in ("match", "fit")}
+    done = _done(folder, subjects, pairs)
+    lost = failed_subjects["encode"]
+    stages = (
+        _count("encode", subjects, done["encode"], lost, set()),
+        _count("prototypes", subjects, done["prototypes"], failed_subjects["prototypes"], lost),
+        _count("match", pairs, done["match"], failed_pairs["match"], set()),
+        _count("fit", pairs, done["fit"], failed_pairs["fit"], failed_pairs["match"]),
+    )
+    return Status(stages, tuple((r["stage"], r["pair"] or r["unit"], r["message"]) for r in rows))
+
+
+def _count(
+    stage: str, wanted: Mapping[str, Any], done: set[str], failed: set[str], not_reached: set[str]
+) -> StageStatus:
+    missing = wanted.keys() - done - failed - not_reached
+    return StageStatus(stage, len(done - failed - not_reached), len(failed), len(missing))
+
+
+def _done(folder: StudyFolder, subjects: Mapping[str, Any], pairs: Mapping[str, Any]) -> dict[str, set[str]]:
+    """Units of each stage whose stored key is the planned one."""
+    store = EmbeddingStore(folder.embeddings)
+    fitted = {
+        (row["pair"], row["key"]): row["n_rois"]
+        for row in tables.read_table(folder.root, "metrics").select(["pair", "key", "n_rois"]).to_pylist()
+    }
+    matched = set(_pair_keys(folder.root, "correspondences"))
+    planned = {name: keys for name, keys in pairs.items() if keys is not None}
+    fit = {
+        name
+        for name, keys in planned.items()
+        if (name, keys["fit"]) in fitted and folder.transform(name).exists()
+    }
+    return {
+        "encode": {n for n, k in subjects.items() if k and _digest(store.signature(n)) == k["encode"]},
+        "prototypes": {n for n, k in subjects.items() if k and _pooled(store, n) == k["prototypes"]},
+        "match": {
+            name
+            for name, keys in planned.items()
+            if (name, keys["match"]) in matched or (name in fit and fitted[name, keys["fit"]] == 0)
+        },
+        "fit": fit,
+    }
+
+
+def _pair_keys(root: Path, name: str) -> list[tuple[str, str]]:
+    table = tables.read_table(root, name)
+    return list(zip(table.column("pair").to_pylist(), table.column("key").to_pylist(), strict=True))
+
+
+def _digest(signature: dict[str, Any] | None) -> str | None:
+    return None if signature is None else digest(signature)
+
+
+def _pooled(store: EmbeddingStore, subject: str) -> str | None:
+    found = store.read_prototypes(subject)
+    return None if found is None else digest(found[0])
+
+
+def describe_status(status: Status, shown: int = 20) -> str:
+    """The counts as a small table, then the first failures."""
+    lines = [f"{'stage':<11}{'done':>8}{'failed':>8}{'missing':>9}"]
+    lines += [f"{s.stage:<11}{s.done:>8}{s.failed:>8}{s.missing:>9}" for s in status.stages]
+    lines += [f"failed {stage} {unit}: {message}" for stage, unit, message in status.failures[:shown]]
+    if len(status.failures) > shown:
+        lines.append(f"and {len(status.failures) - shown} more failures, see failures/")
+    return "\n".join(lines)

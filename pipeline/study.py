@@ -1,0 +1,232 @@
+"""The study driver: plans each stage, dispatches what is missing, and records what failed.
+
+Stages meet only in the study folder. Workers write embeddings, ROI tables, correspondences and transforms; the
+driver alone writes the metrics and failures tables, a row only after its transform is in place. So a driver or
+worker killed at any moment leaves nothing half done, and the same command again does exactly the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from actors.build import segmenter_signature
+from pipeline import record
+from pipeline.config import StudyConfig
+from pipeline.dispatch import DISK_FULL, Failure, RayExecutor, SerialExecutor, Task, open_executor
+from pipeline.errors import StudyError
+from pipeline.failures import FailureLog
+from pipeline.folder import StudyFolder
+from pipeline.inputs import DigestCache, InputDigests, digest_inputs
+from pipeline.keys import SubjectKeys, plan_pairs, subject_keys
+from pipeline.pair_stages import run_pairs
+from pipeline.pairs import choose_pairs, nearest_pairs
+from pipeline.progress import Reporter
+from pipeline.stages import encode, prototypes
+from storage.cohort import Cohort, Pair
+from storage.embeddings import EmbeddingStore
+
+LOG = logging.getLogger("samreg")
+
+UnknownPair = tuple[int, Pair, str]
+
+
+@dataclass
+class StageCount:
+    """How many units of a stage were done now, reused from before, or failed."""
+
+    stage: str
+    done: int = 0
+    reused: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class StudySummary:
+    """What a run did."""
+
+    stages: tuple[StageCount, ...]
+    n_failures: int
+    seconds: float
+
+
+def run_study(
+    config: StudyConfig,
+    cohort: Cohort,
+    out: str | Path,
+    pairs: Sequence[Pair] | None = None,
+    unknown: Sequence[UnknownPair] = (),
+    *,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> StudySummary:
+    """Run or resume a study.
+
+    Args:
+        pairs: what to register; None follows `config.pairs`.
+        unknown: pairs that name a subject outside the cohort, recorded as failures.
+        overwrite: accept a folder made with other input or segmenter settings and encode again.
+
+    Raises:
+        FolderError: for a folder in use or made otherwise.
+        PairsError, ExecutionError: for settings that cannot be carried out here.
+        StudyError: when the disk is full.
+    """
+    folder = StudyFolder(Path(out).absolute())
+    try:
+        with folder.lock(), open_executor(config.execution) as executor:
+            study = Study(config, cohort, folder, executor, reporter or Reporter())
+            return study.run(pairs, unknown, overwrite)
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise _disk_full(folder, str(error)) from error
+        raise
+
+
+def _disk_full(folder: StudyFolder, message: str) -> StudyError:
+    return StudyError(
+        f"no space left for {folder.root}: {message}. "
+        "Nothing finished is lost: free some space and run the same command again"
+    )
+
+
+@dataclass
+class Study:
+    """One run of a study, with what its stages share."""
+
+    config: StudyConfig
+    cohort: Cohort
+    folder: StudyFolder
+    executor: RayExecutor | SerialExecutor
+    reporter: Reporter
+    counts: dict[str, StageCount] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.failures = FailureLog(self.folder.root)
+        self.store = EmbeddingStore(self.folder.embeddings)
+        self.subjects = self.cohort.by_name()
+
+    def run(
+        self, pairs: Sequence[Pair] | None, unknown: Sequence[UnknownPair], overwrite: bool
+    ) -> StudySummary:
+        """Every stage, in order."""
+        start = time.time()
+        if pairs is None and self.config.pairs.mode != "knn":
+            pairs = choose_pairs(self.config.pairs, self.cohort)
+        segmenter = segmenter_signature(self.config.segmenter)
+        record.check_settings(self.folder, self.config, segmenter, overwrite)
+        inputs = self._digest_inputs()
+        keys = {name: subject_keys(self.config, segmenter, found) for name, found in inputs.items()}
+        written = record.write_run(self.folder, self.config, segmenter, inputs)
+        try:
+            self._plan(pairs, inputs, keys)
+            self._run_subjects(keys)
+            chosen = pairs if pairs is not None else self._nearest()
+            planned = self._plan(chosen, inputs, keys)
+            self._record_unknown(unknown)
+            run_pairs(self, chosen, planned)
+        finally:
+            self._write_failures()
+        seconds = time.time() - start
+        record.append_run(self.folder, written, start, list(self.counts.values()), self.executor.workers)
+        return StudySummary(tuple(self.counts.values()), self.failures.total, seconds)
+
+    def start_stage(self, stage: str, reused: int) -> StageCount:
+        """A fresh count for a stage."""
+        self.counts[stage] = StageCount(stage, reused=reused)
+        return self.counts[stage]
+
+    def disk_full(self, message: str) -> StudyError:
+        """The error of a run that ran out of space."""
+        return _disk_full(self.folder, message)
+
+    def outcomes(
+        self, task: Task, units: Sequence[Any], noun: str, sizes: Sequence[int] | None = None
+    ) -> Iterator[tuple[Any, Any | Failure]]:
+        """Dispatch a stage under its progress bar; a full disk stops the run instead of failing every unit."""
+        size = dict(zip((unit.unit for unit in units), sizes or [1] * len(units), strict=True))
+        start = time.perf_counter()
+        with self.reporter.stage(task.name, sum(size.values()), noun) as advance:
+            for unit, outcome in self.executor.map_units(task, units):
+                if isinstance(outcome, Failure) and outcome.disk_full:
+                    raise self.disk_full(outcome.message)
+                advance(size[unit.unit])
+                yield unit, outcome
+        self.counts[task.name].seconds = time.perf_counter() - start
+        self.counts[task.name].peak_memory_bytes = self.executor.peak_memory_bytes()
+
+    def _plan(
+        self,
+        pairs: Sequence[Pair] | None,
+        inputs: Mapping[str, InputDigests],
+        keys: Mapping[str, SubjectKeys],
+    ) -> list[Any]:
+        planned = plan_pairs(self.config, pairs or (), list(self.subjects), inputs, keys)
+        record.write_plan(self.folder, list(self.subjects), keys, pairs, planned)
+        return planned
+
+    def _digest_inputs(self) -> dict[str, InputDigests]:
+        self.start_stage("encode", reused=0)
+        found = digest_inputs(self.cohort.subjects, DigestCache(self.folder.root / ".digests.json"))
+        good: dict[str, InputDigests] = {}
+        for name, outcome in found.items():
+            if isinstance(outcome, Failure):
+                self._fail_subject("encode", name, outcome)
+            else:
+                good[name] = outcome
+        return good
+
+    def _run_subjects(self, keys: Mapping[str, SubjectKeys]) -> None:
+        """Encode, then pool, every subject whose stored results are missing or made otherwise."""
+        units = encode.plan(self.store, self.subjects, keys)
+        self.counts["encode"].reused = len(keys) - len(units)
+        for unit, outcome in self.outcomes(
+            encode.task(self.config, self.folder.embeddings), units, "subjects"
+        ):
+            self._count_subject("encode", unit.subject, outcome)
+        encoded = {name: key for name, key in keys.items() if name not in self.failures.subjects}
+        pooling = prototypes.plan(self.folder.root, self.store, encoded)
+        self.start_stage("prototypes", reused=len(encoded) - len(pooling))
+        task = prototypes.task(self.config, self.folder.root, self.folder.embeddings)
+        for unit, outcome in self.outcomes(task, pooling, "subjects"):
+            self._count_subject("prototypes", unit.subject, outcome)
+        if self.config.execution.keep == "prototypes":
+            for name in encoded.keys() - self.failures.subjects.keys():
+                self.store.drop_features(name)
+        prototypes.remove_stale(self.folder.root, self.subjects, self.failures.subjects.keys() & keys.keys())
+
+    def _count_subject(self, stage: str, subject: str, outcome: object) -> None:
+        if isinstance(outcome, Failure):
+            self._fail_subject(stage, subject, outcome)
+        else:
+            self.counts[stage].done += 1
+
+    def _fail_subject(self, stage: str, subject: str, failure: Failure) -> None:
+        self.counts[stage].failed += 1
+        self.failures.add_subject(stage, subject, failure)
+        LOG.warning("%s: %s failed: %s", stage, subject, failure.message)
+
+    def _nearest(self) -> tuple[Pair, ...]:
+        good = [name for name in self.subjects if name not in self.failures.subjects]
+        descriptors = {name: prototypes.mean_prototype(self.store, name) for name in good}
+        return nearest_pairs(self.config.pairs, descriptors)
+
+    def _record_unknown(self, unknown: Sequence[UnknownPair]) -> None:
+        for row, pair, subject in unknown:
+            message = f"row {row} of the pairs file: subject {subject!r} is not in the cohort"
+            self.failures.add_pair("match", pair, Failure(pair.pair, "UnknownSubject", message, ""), subject)
+
+    def _write_failures(self) -> None:
+        """The failures so far; a full disk has an error of its own already under way."""
+        try:
+            self.failures.write()
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            LOG.error("the failures table could not be written: %s", error)
