@@ -35,7 +35,7 @@ _EDGE = 0.6  # width of an organ's border, in-plane pixels
 
 @dataclass(frozen=True)
 class Organ:
-    """An ellipsoid in units of half the field of view, from its centre, (z, y, x); label 0 is not evaluated."""
+    """An ellipsoid in units of half the field of view, from its centre, (z, y, x); label 0: context."""
 
     label: int
     intensity: float
@@ -58,8 +58,8 @@ ORGANS = (
 
 def positions(geometry: Geometry) -> Array:
     """Local mm of every voxel centre: float64 [D, H, W, 3]."""
-    indices: Array = np.moveaxis(np.indices(geometry.shape, dtype=np.float64), 0, -1)
-    return indices * np.asarray(geometry.spacing_mm)
+    points: Array = np.moveaxis(np.indices(geometry.shape), 0, -1) * np.asarray(geometry.spacing_mm)
+    return points
 
 
 def template_labels(points: Array, geometry: Geometry) -> npt.NDArray[np.int32]:
