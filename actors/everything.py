@@ -85,14 +85,17 @@ def point_grid(points_per_side: int, height: int, width: int) -> npt.NDArray[np.
 
 
 def otsu_threshold(grey: npt.NDArray[np.float32]) -> float:
-    """Otsu's threshold of values 0..255 on 256 bins; 0 for a constant image."""
+    """Otsu's threshold of values 0..255 on 256 bins, the middle of a plateau; 0 for a constant image."""
     counts = np.histogram(grey, bins=256, range=(0, 256))[0].astype(np.float64)
     levels = np.arange(256)
     below, total = np.cumsum(counts), counts.sum()
     mass = np.cumsum(counts * levels)
     with np.errstate(divide="ignore", invalid="ignore"):
         between = (mass[-1] * below / total - mass) ** 2 / (below * (total - below))
-    return float(np.nanargmax(between)) if np.isfinite(between).any() else 0.0
+    between[~np.isfinite(between)] = 0
+    if between.max() <= 0:
+        return 0.0
+    return float(np.flatnonzero(between >= between.max() * (1 - 1e-9)).mean())
 
 
 def foreground_points(

@@ -50,6 +50,8 @@ def probe(
         ValueError: an image, point list or box of another shape.
     """
     rule = preprocess or variant_defaults(variant).preprocess
+    points = None if points_xy is None else _shaped(points_xy, (-1, 2), "points")
+    box = None if box_xyxy is None else _shaped(box_xyxy, (2, 2), "box")
     model = build_from_state_dict(read_checkpoint(checkpoint).weights, variant).to(device)
     pixels, geometry = prepare(np.asarray(image)[None], model.model_size, rule)
     embedding, early = model.encode(pixels.to(device))
@@ -58,17 +60,15 @@ def probe(
     arrays = {"input": pixels[0].numpy(), "features": embedding[0].cpu().numpy()}
     if early is not None:
         arrays["early"] = early[0].cpu().numpy()
-    if points_xy is not None:
-        points = geometry.to_model(_shaped(points_xy, (-1, 2), "points"))
-        xy = torch.from_numpy(points[:, None]).to(device)
+    if points is not None:
+        xy = torch.from_numpy(geometry.to_model(points)[:, None]).to(device)
         prompts = decoder.embed_points(xy, torch.ones(len(xy), 1, device=device))
         arrays |= _decode(decoder, context, prompts, "")
         if decoder.high_quality:
             arrays |= _outputs(decoder, context, prompts, "hqonly", multimask=False, hq_only=True)
-    if box_xyxy is not None:
-        corners = geometry.to_model(_shaped(box_xyxy, (2, 2), "box"))
-        box = torch.from_numpy(corners.reshape(1, 4)).to(device)
-        arrays |= _decode(decoder, context, decoder.embed_boxes(box), "box")
+    if box is not None:
+        corners = torch.from_numpy(geometry.to_model(box).reshape(1, 4)).to(device)
+        arrays |= _decode(decoder, context, decoder.embed_boxes(corners), "box")
     return arrays
 
 
