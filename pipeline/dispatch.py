@@ -218,6 +218,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         self.workers = config.workers or own_cores()
         self._serial = SerialExecutor(config)
         self._started = False
+        self._owns_ray = False
         self._pool: WorkerPool | None = None
         self._task_number = 0
 
@@ -249,6 +250,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         if not ray.is_initialized():
             remote = "RAY_ADDRESS" in os.environ
             local: dict[str, Any] = {} if remote else {"num_cpus": self.workers, "include_dashboard": False}
+            self._owns_ray = True
             ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **local)
         if self.config.workers is None:
             self.workers = max(1, int(_cluster().get("CPU", 1)))
@@ -288,7 +290,8 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
 
         if self._pool is not None and ray.is_initialized():
             self._pool.close()
-        ray.shutdown()
+        if self._owns_ray:
+            ray.shutdown()
 
 
 def _run_bounded(

@@ -17,6 +17,7 @@ import SimpleITK as sitk  # noqa: N813
 from storage import tables
 
 REPO = Path(__file__).resolve().parents[1]
+QUICK_FIT = {"levels": [{"stride": 2, "control": 8.0, "tau": 2.0, "iterations": 3}], "affine_iterations": 4}
 TIMES = ("seconds_match", "seconds_fit")
 
 

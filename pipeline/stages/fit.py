@@ -27,6 +27,8 @@ from storage.images import read_labels
 from storage.landmarks import read_landmarks
 from storage.transforms import write_transform
 
+HDF5_OVERHEAD = 1 << 16  # bytes
+
 
 @dataclass(frozen=True)
 class FitUnit:
@@ -125,6 +127,7 @@ def fit_pair(
     )
     seconds = time.perf_counter() - start
     rows = evaluate(known_fixed, known_moving, result)
+    folder.reserve(8 * result.ddf.size + HDF5_OVERHEAD)
     signature = {"pair": pair.pair, "moving": pair.moving, "fixed": pair.fixed, "key": pair.fit_key}
     write_transform(folder.transform(pair.pair), result.ddf, fixed.geometry, signature, moving.geometry)
     shared = {

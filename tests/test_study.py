@@ -1,0 +1,277 @@
+"""The study driver: the same tables however it runs, and a change redoes only what depends on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+
+from pipeline.config import make_config
+from pipeline.errors import StudyError
+from pipeline.folder import FolderError, StudyFolder
+from pipeline.pairs import PairsError
+from pipeline.progress import SilentReporter
+from pipeline.request import read_request
+from pipeline.status import read_status
+from pipeline.study import StudySummary, run_study
+from storage import tables
+from storage.cohort import Cohort, Pair, read_cohort
+from storage.embeddings import EmbeddingStore
+from storage.transforms import read_transform
+from tests import phantoms
+
+
+def _run(
+    cohort: Path | Cohort, out: Path, listed: Sequence[Pair] | None = None, **settings: Any
+) -> StudySummary:
+    overwrite = settings.pop("overwrite", False)
+    execution = {"executor": "serial", **settings.pop("execution", {})}
+    fit = {**phantoms.QUICK_FIT, **settings.pop("fit", {})}
+    config = make_config({"execution": execution, "fit": fit, **settings})
+    found = cohort if isinstance(cohort, Cohort) else read_cohort(cohort)
+    return run_study(config, found, out, listed, overwrite=overwrite, reporter=SilentReporter())
+
+
+def _counts(summary: StudySummary) -> dict[str, tuple[int, int, int]]:
+    return {stage.stage: (stage.done, stage.reused, stage.failed) for stage in summary.stages}
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return phantoms.write_cohort(tmp_path_factory.mktemp("cohort"))
+
+
+@pytest.fixture(scope="module")
+def finished(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished serial study of all pairs of three subjects; copy before changing it."""
+    out = tmp_path_factory.mktemp("studies") / "serial"
+    assert _run(cohort, out).n_failures == 0
+    return out
+
+
+@pytest.fixture
+def study(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished study that a test may change."""
+    return Path(shutil.copytree(finished, tmp_path / "study"))
+
+
+def test_a_study_holds_what_it_promises(finished: Path) -> None:
+    metrics = tables.read_table(finished, "metrics").to_pylist()
+    assert {row["pair"] for row in metrics} == {"a__b", "a__c", "b__a", "b__c", "c__a", "c__b"}
+    assert {row["label"] for row in metrics} == {0, 1, 2, 3}
+    mean = [row for row in metrics if row["label"] == 0]
+    assert np.mean([row["dice"] for row in mean]) > np.mean([row["dice_before"] for row in mean]) + 0.1
+    assert all(row["n_rois"] > 0 and row["fold_fraction"] < 0.02 for row in mean)
+    matches = tables.read_table(finished, "correspondences").to_pylist()
+    assert {row["pair"] for row in matches} == {row["pair"] for row in metrics}
+    assert tables.read_table(finished, "rois").num_rows > 0
+    assert tables.read_table(finished, "runs").num_rows == 4
+    for row in mean:
+        assert StudyFolder(finished).transform(row["pair"]).exists()
+    assert read_status(finished).complete
+
+
+def test_the_transform_does_to_the_user_s_files_what_the_table_says(finished: Path, cohort: Path) -> None:
+    fixed = sitk.ReadImage(str(cohort.parent / "0_gt.nii.gz"))
+    moving = sitk.ReadImage(str(cohort.parent / "1_gt.nii.gz"))
+    transform = read_transform(StudyFolder(finished).transform("b__a"))
+    moved = sitk.GetArrayFromImage(sitk.Resample(moving, fixed, transform, sitk.sitkNearestNeighbor))
+    truth = sitk.GetArrayFromImage(fixed)
+    row = next(
+        row
+        for row in tables.read_table(finished, "metrics").to_pylist()
+        if (row["pair"], row["label"]) == ("b__a", 1)
+    )
+    overlap = 2 * ((moved == 1) & (truth == 1)).sum() / ((moved == 1).sum() + (truth == 1).sum())
+    assert overlap == pytest.approx(row["dice"], abs=0.01)
+
+
+def test_an_image_registered_to_itself_is_the_identity(tmp_path: Path) -> None:
+    cohort = phantoms.write_cohort(tmp_path / "data", ["a"])
+    rows = [{"subject": name, "image": "0.nii.gz", "label": "0_gt.nii.gz"} for name in ("a", "b")]
+    _run(phantoms.write_csv(cohort, rows), tmp_path / "s", [Pair("p", "b", "a")])
+    for row in tables.read_table(tmp_path / "s", "metrics").to_pylist():
+        assert row["dice"] == 1.0
+        assert row["tre_mm"] == pytest.approx(0.0, abs=0.05)
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray for the module; studies use it instead of starting their own."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ray_and_serial_give_the_same_tables(finished: Path, cohort: Path, tmp_path: Path, workers: int) -> None:
+    out = tmp_path / "ray"
+    _run(cohort, out, execution={"executor": "ray", "workers": workers})
+    assert phantoms.study_tables(out) == phantoms.study_tables(finished)
+    assert phantoms.study_bytes(out) == phantoms.study_bytes(finished)
+    for path in sorted((finished / "transforms").glob("*.h5")):
+        here, there = read_transform(path), read_transform(out / "transforms" / path.name)
+        fields = [sitk.GetArrayFromImage(transform.GetDisplacementField()) for transform in (here, there)]
+        np.testing.assert_array_equal(*fields)
+
+
+def test_running_again_does_nothing(study: Path, cohort: Path) -> None:
+    before = phantoms.study_tables(study)
+    counts = _counts(_run(cohort, study, execution={"tile": 16, "threads": 1}))
+    assert counts == {"encode": (0, 3, 0), "prototypes": (0, 3, 0), "match": (0, 6, 0), "fit": (0, 6, 0)}
+    assert phantoms.study_tables(study) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "counts"),
+    [
+        ({"fit": {"smoothness": 0.03}}, {"encode": 0, "prototypes": 0, "match": 0, "fit": 6}),
+        ({"match": {"epsilon": 0.7}}, {"encode": 0, "prototypes": 0, "match": 6, "fit": 6}),
+        ({"rois": {"max_area": 0.4}}, {"encode": 0, "prototypes": 3, "match": 6, "fit": 6}),
+        ({"execution": {"tile": 2}}, {"encode": 0, "prototypes": 0, "match": 0, "fit": 0}),
+    ],
+    ids=["fit", "match", "rois", "tile"],
+)
+def test_a_changed_setting_redoes_what_depends_on_it(
+    study: Path, cohort: Path, settings: dict[str, Any], counts: dict[str, int]
+) -> None:
+    done = {stage: count[0] for stage, count in _counts(_run(cohort, study, **settings)).items()}
+    assert done == counts
+    assert read_status(study).complete
+
+
+def test_a_changed_study_equals_a_fresh_one(study: Path, cohort: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"match": {"epsilon": 0.7}, "execution": {"tile": 2}}
+    _run(cohort, study, **settings)
+    _run(cohort, tmp_path / "fresh", **settings)
+    assert phantoms.study_tables(study) == phantoms.study_tables(tmp_path / "fresh")
+
+
+def test_other_pairs_cost_only_themselves_and_stale_ones_go(study: Path, cohort: Path) -> None:
+    pairs = [Pair("a__b", "a", "b"), Pair("again", "a", "b")]
+    counts = _counts(_run(cohort, study, pairs))
+    assert (counts["match"], counts["fit"]) == ((1, 1, 0), (1, 1, 0))
+    for name in ("metrics", "correspondences"):
+        assert set(tables.read_table(study, name).column("pair").to_pylist()) == {"a__b", "again"}
+    assert sorted(path.name for path in (study / "transforms").glob("*.h5")) == ["a__b.h5", "again.h5"]
+
+
+def test_a_new_subject_anywhere_costs_only_its_own_pairs(study: Path, cohort: Path, tmp_path: Path) -> None:
+    grown = phantoms.write_cohort(tmp_path / "data", ["a", "b", "c", "d"])
+    found = read_cohort(grown)
+    shuffled = Cohort((found.subjects[3], *found.subjects[:3]))
+    counts = _counts(_run(shuffled, study, execution={"tile": 2}))
+    assert counts == {"encode": (1, 3, 0), "prototypes": (1, 3, 0), "match": (6, 6, 0), "fit": (6, 6, 0)}
+    _run(shuffled, tmp_path / "fresh", execution={"tile": 2})
+    assert phantoms.study_tables(study) == phantoms.study_tables(tmp_path / "fresh")
+
+
+def test_a_changed_image_redoes_its_pairs_and_a_changed_label_its_metrics(study: Path, tmp_path: Path) -> None:
+    cohort = phantoms.write_cohort(tmp_path / "data")
+    image, labels = phantoms.ellipses(shift=(2.0, 2.0))
+    phantoms.write_volume(tmp_path / "data/0.nii.gz", image)
+    counts = _counts(_run(cohort, study))
+    assert {stage: count[0] for stage, count in counts.items()} == {
+        "encode": 1, "prototypes": 1, "match": 4, "fit": 4,
+    }  # fmt: skip
+    phantoms.write_volume(tmp_path / "data/0_gt.nii.gz", labels)
+    counts = _counts(_run(cohort, study))
+    assert {stage: count[0] for stage, count in counts.items()} == {
+        "encode": 0, "prototypes": 0, "match": 0, "fit": 4,
+    }  # fmt: skip
+
+
+def test_dropped_features_are_made_again_only_when_needed(cohort: Path, tmp_path: Path) -> None:
+    out, kept = tmp_path / "s", {"keep": "prototypes"}
+    _run(cohort, out, execution=kept)
+    store = EmbeddingStore(out / "embeddings.zarr")
+    assert store.read("a").features is None
+    assert _counts(_run(cohort, out, execution=kept, fit={"smoothness": 0.03}))["encode"] == (0, 3, 0)
+    assert _counts(_run(cohort, out, execution=kept, rois={"max_area": 0.4}))["encode"] == (3, 0, 0)
+
+
+def test_other_input_settings_are_refused_until_overwritten(study: Path, cohort: Path) -> None:
+    with pytest.raises(FolderError, match=r"input.percentiles: stored \[0.5, 99.5\], asked for .*--overwrite"):
+        _run(cohort, study, input={"percentiles": [1, 99]})
+    counts = _counts(_run(cohort, study, input={"percentiles": [1, 99]}, overwrite=True))
+    assert counts["encode"] == (3, 0, 0)
+
+
+def test_a_second_driver_is_refused(study: Path, cohort: Path) -> None:
+    with StudyFolder(study).lock(), pytest.raises(FolderError, match=f"written by process {os.getpid()} on "):
+        _run(cohort, study)
+    _run(cohort, study)
+
+
+def test_a_lock_left_on_another_machine_is_not_taken(study: Path, cohort: Path) -> None:
+    (study / ".lock").write_text("process 12 on elsewhere")
+    with pytest.raises(FolderError, match="process 12 on elsewhere; if that is no longer running, delete"):
+        _run(cohort, study)
+
+
+def test_knn_pairs_are_chosen_from_prototypes(study: Path, cohort: Path) -> None:
+    counts = _counts(_run(cohort, study, pairs={"mode": "knn", "k": 1}))
+    assert counts["fit"] == (0, 3, 0)
+    assert json.loads((study / "plan.json").read_text())["pairs"].keys() == set(
+        tables.read_table(study, "metrics").column("pair").to_pylist()
+    )
+
+
+def test_impossible_pairs_leave_no_folder_half_made(cohort: Path, tmp_path: Path) -> None:
+    with pytest.raises(PairsError, match="not a subject"):
+        _run(cohort, tmp_path / "s", pairs={"mode": "star", "reference": "z"})
+    assert not (tmp_path / "s" / "run.yaml").exists()
+
+
+def test_a_transform_that_was_deleted_is_made_again(study: Path, cohort: Path) -> None:
+    StudyFolder(study).transform("a__b").unlink()
+    assert not read_status(study).complete
+    assert _counts(_run(cohort, study))["fit"] == (1, 5, 0)
+    assert read_status(study).complete
+
+
+def test_a_damaged_part_is_made_again(study: Path, cohort: Path) -> None:
+    before = phantoms.study_tables(study)
+    part = next((study / "metrics").glob("*.parquet"))
+    part.write_bytes(part.read_bytes()[:-20])
+    assert _counts(_run(cohort, study))["fit"] == (6, 0, 0)
+    assert phantoms.study_tables(study) == before
+
+
+def test_unreadable_inputs_do_not_cost_earlier_results(study: Path, cohort: Path, tmp_path: Path) -> None:
+    found = read_cohort(cohort)
+    gone = Cohort(tuple(type(s)(s.subject, str(tmp_path / s.subject), s.label) for s in found.subjects))
+    before = tables.read_table(study, "metrics").to_pylist()
+    summary = _run(gone, study)
+    assert summary.n_failures == 3 + 6
+    assert tables.read_table(study, "metrics").to_pylist() == before
+    assert _counts(_run(cohort, study))["fit"] == (0, 6, 0)
+
+
+def test_rows_lost_during_a_run_are_noticed(
+    study: Path, cohort: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import pair_stages
+
+    monkeypatch.setattr(pair_stages.results, "merge_rows", lambda *arguments: None)
+    with pytest.raises(StudyError, match="no result for .*a__b"):
+        _run(cohort, study, fit={"smoothness": 0.05})
+
+
+def test_pairs_file_and_mode_words(cohort: Path, tmp_path: Path) -> None:
+    listed = phantoms.write_csv(tmp_path / "p.csv", [{"moving": "a", "fixed": "b"}, {"moving": "x", "fixed": "b"}])
+    request = read_request(None, cohort, str(listed))
+    assert request.pairs == (Pair("a__b", "a", "b"),)
+    assert request.unknown == ((3, Pair("x__b", "x", "b"), "x"),)
+    assert read_request(None, cohort, "star").config.pairs.mode == "star"
