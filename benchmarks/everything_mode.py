@@ -4,9 +4,9 @@
     python benchmarks/everything_mode.py --variant sam_vit_b --device cuda --slices 8 --precision bf16
 
 Weights are random (no trained ones are needed to time arithmetic): the goldens' recipe if it is at
-../shared/goldens, else seeded. Thresholds are set so that `--pass-share` of the masks pass the predicted IoU and
-half of those the stability; box suppression is off, because noise boxes all cover the image. Random masks are
-noise, on which the official run-length encoding is unrealistically slow: ratios are given with and without it.
+../shared/goldens, else seeded. Thresholds are set so that `--pass-share` of the masks pass the predicted IoU
+and half of those the stability; box suppression is off, because noise boxes all cover the image. Random masks
+are noise, on which the official run-length encoding is unrealistically slow: see ratio_without_rle.
 """
 
 from __future__ import annotations

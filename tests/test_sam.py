@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from actors.everything import EverythingConfig
 from actors.sam import SamConfig, SamSegmenter
 from actors.sam_checkpoint import CheckpointError, file_sha256
+from actors.sam_encoder import TinyVitEncoder
 from actors.sam_probe import probe, summarise_probe
 from actors.sam_variants import VARIANTS
 from actors.segmenter import Features, Segmenter
@@ -114,6 +116,12 @@ def test_weights_that_are_missing_or_wrong_are_refused(
         SamSegmenter(SamConfig("hq_sam_h"))
     with pytest.raises(CheckpointError, match="they are slimsam_77"):
         SamSegmenter(replace(config, variant="mobile_sam"))
+
+
+def test_without_timm_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm.models.tiny_vit", None)
+    with pytest.raises(ImportError, match=r"pip install 'samreg\[mobile\]'"):
+        TinyVitEncoder({})
 
 
 def test_probe_refuses_odd_prompts(checkpoint: Path) -> None:

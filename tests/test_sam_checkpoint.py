@@ -162,7 +162,7 @@ def test_damage_inside_the_archive_is_refused(weights: Weights, tmp_path: Path) 
         for name in full.namelist():
             if not name.endswith("/data/0"):
                 cut.writestr(name, full.read(name))
-    with pytest.raises(CheckpointError, match="truncated|no readable state dict"):
+    with pytest.raises(CheckpointError, match=r"truncated|no readable state dict"):
         read_checkpoint(slim)
 
 
