@@ -84,8 +84,10 @@ def template_landmarks(geometry: Geometry) -> Array:
     """Five points of every labelled organ (its centre, 0.9 radii up, down, left, right): [N, 3] mm."""
     half, center = half_extent(geometry), geometry.center_mm()
     steps = np.array([(0, 0, 0), (0, -0.9, 0), (0, 0.9, 0), (0, 0, -0.9), (0, 0, 0.9)])
-    rows = [np.asarray(o.center) + steps * o.radii for o in ORGANS if o.label]
-    return np.concatenate(rows) * half + center
+    rows = np.concatenate([np.asarray(o.center) + steps * o.radii for o in ORGANS if o.label])
+    if geometry.shape[0] == 1:
+        rows[:, 0] = 0
+    return rows * half + center
 
 
 def body_mask(warp: SubjectWarp, geometry: Geometry) -> npt.NDArray[np.bool_]:

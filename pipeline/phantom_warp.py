@@ -115,7 +115,7 @@ def draw_warp(
     center = geometry.center_mm()
     affine = np.eye(4)
     affine[:3, :3], affine[:3, 3] = linear, center - linear @ center + shift
-    centers = center + 0.7 * half * generator.uniform(-1, 1, (bumps, 3))
+    centers = center + 0.7 * half * planar * generator.uniform(-1, 1, (bumps, 3))
     amplitudes = generator.standard_normal((bumps, 3)) * planar * [0.5, 1, 1]
     unscaled = SubjectWarp(_rows(affine), _rows(centers), _rows(amplitudes), _triple(0.4 * half + 1e-6))
     fastest = np.linalg.norm(unscaled._velocity(centers), axis=-1).max()
