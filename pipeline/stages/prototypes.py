@@ -103,9 +103,10 @@ def _pool_slices(
     for z in np.unique(embedding.roi_slice):
         here = np.flatnonzero(embedding.roi_slice == z)
         masks = embedding.masks(here)
-        kept = filter_rois(masks, embedding.quality[here], embedding.stability[here], rois)
+        spacing = embedding.geometry.spacing_mm
+        kept = filter_rois(masks, embedding.quality[here], embedding.stability[here], spacing, rois)
         features = np.asarray(embedding.features[int(z)], dtype=np.float32)
-        values, valid = pool(features, masks[kept], embedding.extent, embedding.layout)
+        values, valid = pool(features, masks[kept], embedding.extent, embedding.layout, config)
         rows.append(here[kept][valid])
         pooled.append(values[valid])
     chosen = np.concatenate(rows)
@@ -168,4 +169,5 @@ def _match_arrays(
         "slice": embedding.roi_slice[chosen],
         "centroid_mm": columns["centroid_mm"],
         "area_mm2": columns["area_mm2"],
+        "covariance_mm2": columns["covariance_mm2"],
     }

@@ -37,5 +37,6 @@ def read_rois(store: EmbeddingStore, subject: str) -> SubjectRois:
     if stored is None:
         raise FileNotFoundError(f"no prototypes of subject {subject!r} in {store.root}")
     arrays = stored[1]
-    rois = RoiSet(arrays["prototypes"], arrays["slice"], arrays["centroid_mm"], arrays["area_mm2"])
-    return SubjectRois(rois, arrays["roi"], store.read(subject).geometry)
+    geometry = store.read(subject).geometry
+    columns = (arrays[name] for name in ("prototypes", "slice", "centroid_mm", "area_mm2", "covariance_mm2"))
+    return SubjectRois(RoiSet(*columns, n_slices=geometry.shape[0]), arrays["roi"], geometry)

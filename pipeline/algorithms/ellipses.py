@@ -1,0 +1,37 @@
+"""ROIs as ellipses: the overlap of two regions from their centroids and covariances alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+
+def transform(covariance: Array, linear: Array) -> Array:
+    """Covariances [N, 3] (yy, yx, xx) under a 2x2 map: L C L^T, [N, 3]."""
+    (a, b), (c, d) = linear
+    yy, yx, xx = covariance.T
+    return np.stack(
+        [
+            a * a * yy + 2 * a * b * yx + b * b * xx,
+            a * c * yy + (a * d + b * c) * yx + b * d * xx,
+            c * c * yy + 2 * c * d * yx + d * d * xx,
+        ],
+        axis=1,
+    )
+
+
+def overlap(centre_a: Array, cov_a: Array, centre_b: Array, cov_b: Array) -> Array:
+    """Squared Bhattacharyya coefficient of pairs of Gaussians, 0..1: a smooth stand-in for mask overlap.
+
+    Args:
+        centre_a, centre_b: [N, 2] (y, x) mm.
+        cov_a, cov_b: [N, 3] (yy, yx, xx) mm^2, positive definite.
+    """
+    yy, yx, xx = (0.5 * (cov_a + cov_b)).T
+    determinant = yy * xx - yx * yx
+    dy, dx = (centre_a - centre_b).T
+    distance = (xx * dy * dy - 2 * yx * dy * dx + yy * dx * dx) / determinant
+    product = (cov_a[:, 0] * cov_a[:, 2] - cov_a[:, 1] ** 2) * (cov_b[:, 0] * cov_b[:, 2] - cov_b[:, 1] ** 2)
+    return np.sqrt(product) / determinant * np.exp(-distance / 4)

@@ -1,0 +1,141 @@
+"""Prototypes: the feature of a ROI is the average of the feature map over its mask (Eq. 5).
+
+The mask is brought to the feature grid by area averaging over the part of the grid that the image covers; the paper
+resizes to the whole grid by nearest neighbour, which misplaces masks of images that are not square. Where the
+features come in blocks (see `actors.segmenter`), each block is normalised by itself, so that the cosine of two
+prototypes (Eq. 6) is the weighted mean of their blocks' cosines. Three more blocks describe the ROI itself and are
+weighted by the backend, zero for SAM: its surroundings, its size and its shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+Float = npt.NDArray[np.float32]
+
+_AREA_OCTAVES = np.linspace(-10.0, -2.0, 17)
+
+
+@dataclass(frozen=True)
+class PrototypeConfig:
+    """Weights of the ROI's own blocks; None takes what the backend recommends.
+
+    Attributes:
+        context: first feature block over a ring around the ROI, as wide as half its radius.
+        area: logarithm of its share of the slice.
+        shape: elongation, orientation and compactness.
+        min_cells: a ROI that covers fewer feature cells is dropped.
+    """
+
+    context: float | None = None
+    area: float | None = None
+    shape: float | None = None
+    min_cells: float = 1.0
+
+
+def pool(
+    features: Float,
+    masks: npt.NDArray[np.bool_],
+    extent: tuple[float, float],
+    layout: Mapping[str, Any],
+    config: PrototypeConfig,
+) -> tuple[Float, npt.NDArray[np.bool_]]:
+    """Prototypes of the ROIs of one slice.
+
+    Args:
+        features: float32 [C, h, w].
+        masks: bool [n, H, W].
+        extent: rows and columns of the feature grid that the image covers, cells.
+        layout: blocks of the backend.
+        config: weights of the ROI's own blocks.
+
+    Returns:
+        float32 [n, C'], unit norm, and bool [n], false where the ROI is under `min_cells`.
+    """
+    weights = resize_to_grid(masks, features.shape[1:], extent)
+    cells = weights.sum(axis=(1, 2))
+    flat = features.reshape(len(features), -1)
+    means = _mean(weights, flat)
+    parts = [(weight, means[:, start:stop]) for _, start, stop, weight in layout["blocks"]]
+    own = {name: _own_weight(name, layout, config) for name in ("context", "area", "shape")}
+    if own["context"]:
+        _, start, stop, _ = layout["blocks"][0]
+        ring = resize_to_grid(_rings(masks), features.shape[1:], extent)
+        parts.append((own["context"], _mean(ring, flat[start:stop])))
+    if own["area"]:
+        parts.append((own["area"], _area_code(masks)))
+    if own["shape"]:
+        parts.append((own["shape"], _shape_code(masks)))
+    scaled = [np.sqrt(weight) * _unit(values) for weight, values in parts if weight]
+    return _unit(np.concatenate(scaled, axis=1)), cells >= config.min_cells
+
+
+def resize_to_grid(masks: npt.NDArray[np.bool_], grid: tuple[int, ...], extent: tuple[float, float]) -> Float:
+    """Share of each feature cell that a mask covers: float32 [n, h, w], 0..1."""
+    rows = _coverage(grid[0], masks.shape[1], extent[0])
+    cols = _coverage(grid[1], masks.shape[2], extent[1])
+    return np.asarray(rows @ masks.astype(np.float32) @ cols.T, dtype=np.float32)
+
+
+def _coverage(cells: int, pixels: int, extent: float) -> Float:
+    """Length of each pixel's interval inside each cell: [cells, pixels]."""
+    edges = np.arange(pixels + 1) * extent / pixels
+    low = np.maximum(edges[:-1], np.arange(cells)[:, None])
+    high = np.minimum(edges[1:], np.arange(1, cells + 1)[:, None])
+    return np.clip(high - low, 0, None).astype(np.float32)
+
+
+def _mean(weights: Float, flat: Float) -> Float:
+    """Weighted mean of features [C, h*w] under weights [n, h, w]: [n, C]."""
+    total = weights.sum(axis=(1, 2))
+    return np.asarray(weights.reshape(len(weights), -1) @ flat.T / np.maximum(total, 1e-6)[:, None], np.float32)
+
+
+def _unit(values: Float) -> Float:
+    return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), np.float32(1e-8))
+
+
+def _own_weight(name: str, layout: Mapping[str, Any], config: PrototypeConfig) -> float:
+    chosen = getattr(config, name)
+    return float(layout.get(name, 0.0) if chosen is None else chosen)
+
+
+def _rings(masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Pixels outside each ROI within half its equivalent radius, at least 2 px."""
+    rings = np.zeros_like(masks)
+    height, width = masks.shape[1:]
+    for mask, ring in zip(masks, rings, strict=True):
+        reach = max(2, round(0.5 * float(np.sqrt(mask.sum() / np.pi))))
+        ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        box = (
+            slice(max(ys[0] - reach, 0), min(ys[-1] + reach + 1, height)),
+            slice(max(xs[0] - reach, 0), min(xs[-1] + reach + 1, width)),
+        )
+        distance = ndimage.distance_transform_edt(~mask[box])
+        ring[box] = (distance > 0) & (distance <= reach)
+    return rings
+
+
+def _area_code(masks: npt.NDArray[np.bool_]) -> Float:
+    share = np.log2(np.maximum(masks.mean(axis=(1, 2)), 1e-5))
+    return np.exp(-0.5 * (share[:, None] - _AREA_OCTAVES) ** 2).astype(np.float32)
+
+
+def _shape_code(masks: npt.NDArray[np.bool_]) -> Float:
+    """Elongation along the axes and the diagonals, compactness against an ellipse, and a constant."""
+    rows, cols = masks.sum(axis=2), masks.sum(axis=1)
+    area = np.maximum(rows.sum(axis=1), 1)
+    y, x = np.arange(masks.shape[1]), np.arange(masks.shape[2])
+    cy, cx = rows @ y / area, cols @ x / area
+    yy, xx = rows @ y**2 / area - cy**2 + 1 / 12, cols @ x**2 / area - cx**2 + 1 / 12
+    yx = masks.reshape(len(masks), -1).astype(np.float64) @ np.outer(y, x).ravel() / area - cy * cx
+    compact = area / (4 * np.pi * np.sqrt(np.maximum(yy * xx - yx**2, 1e-3)))
+    trace = yy + xx
+    code = np.stack([(yy - xx) / trace, 2 * yx / trace, np.clip(compact, 0, 1.5), np.full(len(area), 0.5)], axis=1)
+    return code.astype(np.float32)
