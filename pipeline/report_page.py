@@ -35,7 +35,8 @@ nav ul{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;list-style:none;padding:0}
 .cards li{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.6rem 1rem;
 min-width:9rem}
 .cards b{display:block;font-size:1.35rem}
-.scroll{overflow-x:auto;max-height:34rem;overflow-y:auto;border:1px solid var(--line)}
+.scroll{width:fit-content;max-width:100%;overflow-x:auto;
+max-height:34rem;overflow-y:auto;border:1px solid var(--line)}
 .scroll:focus-visible,button:focus-visible,input:focus-visible,summary:focus-visible,a:focus-visible{
 outline:3px solid #56b4e9;outline-offset:1px}
 table{border-collapse:collapse;min-width:40%;font-size:.875rem}
@@ -53,7 +54,8 @@ figcaption{font-size:.9rem;color:var(--soft)}pre{overflow-x:auto;background:var(
 label.filter{display:block;margin:.4rem 0}
 @media print{:root{color-scheme:light;--bg:#fff;--fg:#000;--soft:#333;--line:#999;--card:#fff;--link:#000}
 nav,.filter{display:none!important}.scroll{max-height:none;overflow:visible;border:0}body{max-width:none;padding:0}
-thead th{position:static}figure,tr,.cards li{break-inside:avoid}h2,h3{break-after:avoid}
+thead th{position:static}table{width:100%;font-size:.65rem}td,td.n{min-width:0}
+th,td{padding:.15rem .3rem}figure,tr,.cards li{break-inside:avoid}h2,h3{break-after:avoid}
 th button::after{content:""!important}}
 """
 
