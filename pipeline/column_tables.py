@@ -1,0 +1,52 @@
+"""The column tables of README.md, made from the pinned schemas: `python -m pipeline.column_tables README.md`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from storage import tables
+
+_MEANING = {
+    "metrics": "one row per pair and label",
+    "correspondences": "one row per matched ROI pair",
+    "rois": "one row per ROI of a subject",
+    "failures": "one row per unit of work that failed in the latest run",
+    "runs": "one row per run and stage",
+}
+
+
+def column_tables() -> str:
+    """Markdown: a table of columns for every result table."""
+    parts = []
+    for name, meaning in _MEANING.items():
+        lines = [f"**`{name}/`**: {meaning}.", "", "| column | unit | meaning |", "|---|---|---|"]
+        lines += [
+            f"| `{column}` | {unit or '–'} | {description} |" for column, _, unit, description in tables.describe(name)
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def replace_between(text: str, name: str, body: str) -> str:
+    """Put `body` between the markers `<!-- name -->` and `<!-- /name -->`.
+
+    Raises:
+        ValueError: when the markers are not there.
+    """
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, opened, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not opened or not closed:
+        raise ValueError(f"no {start} … {end} in the text")
+    return f"{before}{start}\n{body}\n{end}{after}"
+
+
+def main() -> None:
+    """Bring the column tables of a file in step with the schemas."""
+    path = Path(sys.argv[1])
+    path.write_text(replace_between(path.read_text(encoding="utf-8"), "columns", column_tables()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
