@@ -111,7 +111,7 @@ def identify(weights: Mapping[str, torch.Tensor]) -> Identification:
         name = "sam_med2d" if adapted else "sam_med2d_ft"
         return Identification((name,), f"{name}: {shape}, {'with' if adapted else 'without'} adapters")
     if size is None or side != 1024 or adapted or (high_quality and len(size) > 1):
-        return Identification((), f"no supported SAM variant has a {shape}")
+        return Identification((), f"no supported SAM variant: a {shape}")
     if high_quality:
         return Identification((f"hq_sam_{size}",), f"hq_sam_{size}: {shape}, HQ token")
     if plain and size == "b":

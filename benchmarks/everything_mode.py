@@ -1,6 +1,7 @@
 """Everything mode beside segment_anything.SamAutomaticMaskGenerator: one process, same weights, same masks.
 
     python benchmarks/everything_mode.py --variant slimsam_77 --threads 1
+    python benchmarks/everything_mode.py --variant slimsam_77 --actors 2
     python benchmarks/everything_mode.py --variant sam_vit_b --device cuda --slices 8 --precision bf16
 
 Weights are random (no trained ones are needed to time arithmetic): the goldens' recipe if it is at
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import multiprocessing
 import resource
 import sys
 import time
@@ -119,9 +121,7 @@ class Stopwatch:
         return run
 
 
-def run_official(
-    model: Sam, slices: np.ndarray, config: EverythingConfig, device: str
-) -> tuple[Seconds, list[Any]]:
+def run_official(model: Sam, slices: np.ndarray, config: EverythingConfig, device: str) -> tuple[Seconds, list[Any]]:
     """Seconds per stage and masks of the official generator."""
     watch = Stopwatch(device)
     generator = SamAutomaticMaskGenerator(
@@ -163,9 +163,7 @@ def run_ours(
     return watch.seconds, found
 
 
-def calibrate(
-    model: SamModel, image: np.ndarray, points_per_side: int, pass_share: float
-) -> EverythingConfig:
+def calibrate(model: SamModel, image: np.ndarray, points_per_side: int, pass_share: float) -> EverythingConfig:
     """Thresholds that `pass_share` of the masks pass by predicted IoU, and half of those by stability."""
     decoder = model.prompt_decoder()
     generator = np.random.default_rng(1)
@@ -198,11 +196,9 @@ def shared_masks(official: list[Any], ours: list[Any]) -> dict[str, float]:
     return {key: float(value) for key, value in counts.items()}
 
 
-def main() -> None:
-    """Print one JSON report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_options() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", choices=SIZES, default="slimsam_77")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of our side only")
@@ -212,7 +208,43 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--pass-share", type=float, default=0.2)
     parser.add_argument("--skip-official", action="store_true")
-    options = parser.parse_args()
+    parser.add_argument("--actors", type=int, default=1, help="only time this many one-thread processes of exact mode")
+    return parser.parse_args()
+
+
+def time_actors(options: argparse.Namespace) -> dict[str, float]:
+    """Slices per second of one process, and of `options.actors` side by side, one thread each."""
+    context = multiprocessing.get_context("spawn")
+    rates = {}
+    for count in (1, options.actors):
+        ready, seconds = context.Barrier(count), context.Queue()
+        arguments = (options.variant, tuple(options.size), options.points_per_side, ready, seconds)
+        actors = [context.Process(target=_run_actor, args=arguments) for _ in range(count)]
+        for actor in actors:
+            actor.start()
+        rates[count] = count / max(seconds.get() for _ in actors)
+        for actor in actors:
+            actor.join()
+    one, many = rates.values()
+    return {"one": round(one, 4), f"{options.actors}": round(many, 4), "ratio": round(many / one, 2)}
+
+
+def _run_actor(variant: str, size: tuple[int, int], points_per_side: int, ready: Any, seconds: Any) -> None:
+    """Build the model, wait for the others, time one slice."""
+    torch.set_num_threads(1)
+    model = build_from_state_dict(official_model(variant).state_dict(), variant)
+    config = EverythingConfig(points_per_side, 0.5, 1e-4, box_nms=1.0)
+    ready.wait()
+    seconds.put(run_ours(model, test_slices(1, *size), config, "cpu", "fp32")[0]["total"])
+
+
+def main() -> None:
+    """Print one JSON report."""
+    options = parse_options()
+    report: dict[str, Any] = {**vars(options), "torch": torch.__version__}
+    if options.actors > 1:
+        print(json.dumps({**report, **time_actors(options)}, indent=1))
+        return
     torch.set_num_threads(options.threads)
     slices = test_slices(options.slices, *options.size)
     official = official_model(options.variant)
@@ -225,7 +257,7 @@ def main() -> None:
         skip_background=FAST_SKIP_BACKGROUND,
         prefilter_slack=FAST_PREFILTER_SLACK,
     )
-    report: dict[str, Any] = {**vars(options), "torch": torch.__version__, "thresholds": vars(exact)}
+    report["thresholds"] = vars(exact)
     found = {}
     for name, config in (("exact", exact), ("fast", fast)):
         seconds, found[name] = run_ours(ours, slices, config, options.device, options.precision)
