@@ -69,8 +69,7 @@ class ComponentTree:
         """Features of uint8 [B, H, W, 3] slices on a grid of at most 128 cells along the longer side."""
         height, width = slices.shape[1:3]
         stride = max(1, round(max(height, width) / _FINE_GRID))
-        rows, cols = -(-height // stride), -(-width // stride)
-        values = np.stack([_shrink(_pixel_features(grey), stride, rows, cols) for grey in _grey(slices)])
+        values = np.stack([_features(grey, stride) for grey in _grey(slices)])
         return Features(values, (height / stride, width / stride))
 
     def everything(self, slices: npt.NDArray[np.uint8], features: Features) -> list[Candidates]:
@@ -125,7 +124,8 @@ def _components(image: Float, config: ComponentTreeConfig) -> tuple[npt.NDArray[
         good = (area >= smallest) & (area <= config.max_area * flat.size) & (stability > config.min_stability)
         good[0] = False
         chosen = np.flatnonzero(good)
-        found.append(np.stack([np.full(len(chosen), n), chosen, anchors[n][chosen], area[chosen], stability[chosen]], 1))
+        columns = [np.full(len(chosen), n), chosen, anchors[n][chosen], area[chosen], stability[chosen]]
+        found.append(np.stack(columns, axis=1))
     table = np.concatenate(found)
     table = table[np.argsort(-table[:, 4], kind="stable")]
     level, component, anchor, area = table[:, :4].astype(np.int64).T
@@ -149,7 +149,7 @@ def _nested_overlap(
     area: npt.NDArray[np.int64],
 ) -> Float:
     """Intersection over union of components of one tree, [n, n]: they are nested or disjoint."""
-    inside = (labels[level][:, anchor].T == component) & (level[:, None] >= level)
+    inside = (component == labels[level][:, anchor].T) & (level[:, None] >= level)
     ratio = (area[:, None] / area).astype(np.float32)
     return np.where(inside, ratio, np.where(inside.T, 1 / ratio, 0)).astype(np.float32)
 
@@ -181,15 +181,14 @@ def _spread_over_sizes(areas: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return np.argsort(rank, kind="stable")
 
 
-def _pixel_features(grey: Float) -> Float:
-    """float32 [C, H, W] in 0..1, in the order of the layout."""
-    parts = []
-    for scale in _SCALES:
-        parts.append(_soft_bins(_rank(ndimage.gaussian_filter(grey, scale)), _INTENSITY_BINS))
-    gradient = ndimage.gaussian_gradient_magnitude(grey, _GRADIENT_SCALE)
-    parts.append(_soft_bins(_rank(gradient), _GRADIENT_BINS))
-    parts.append(_position(grey))
-    return np.concatenate(parts)
+def _features(grey: Float, stride: int) -> Float:
+    """float32 [C, h, w] in 0..1, in the order of the layout: means over stride x stride cells."""
+    images = [(ndimage.gaussian_filter(grey, scale), _INTENSITY_BINS) for scale in _SCALES]
+    images.append((ndimage.gaussian_gradient_magnitude(grey, _GRADIENT_SCALE), _GRADIENT_BINS))
+    parts = [_soft_bins(_rank(image), bins) for image, bins in images]
+    for axis in (1, 2):
+        parts = [_shrink(part, stride, axis) for part in parts]
+    return np.concatenate([*parts, _position(grey, stride)])
 
 
 def _rank(image: Float) -> Float:
@@ -204,23 +203,27 @@ def _soft_bins(values: Float, bins: int) -> Float:
     return np.clip(1 - np.abs(values * (bins - 1) - centres), 0, None)
 
 
-def _position(grey: Float) -> Float:
-    """Gaussian bumps on a square grid over the body's bounding box: [bins^2, H, W]."""
+def _position(grey: Float, stride: int) -> Float:
+    """Gaussian bumps on a square grid over the body's bounding box: [bins^2, h, w]."""
     body = grey > 0.15 * np.quantile(grey, 0.99)
     bumps = []
     for axis in (0, 1):
         occupied = np.flatnonzero(body.mean(axis=1 - axis) > 0.05)
         low, high = (occupied[0], occupied[-1]) if len(occupied) > 1 else (0, grey.shape[axis] - 1)
         place = (np.arange(grey.shape[axis]) - low) / max(high - low, 1) * (_POSITION_BINS - 1)
-        bumps.append(np.exp(-0.5 * (place - np.arange(_POSITION_BINS)[:, None]) ** 2))
-    grid = bumps[0][:, None, :, None] * bumps[1][None, :, None, :]
-    return grid.reshape(-1, *grey.shape).astype(np.float32)
+        bump = np.exp(-0.5 * (place - np.arange(_POSITION_BINS)[:, None]) ** 2)
+        bumps.append(_shrink(bump.astype(np.float32), stride, 1))
+    rows, cols = bumps
+    return (rows[:, None, :, None] * cols[None, :, None, :]).reshape(-1, rows.shape[1], cols.shape[1])
 
 
-def _shrink(values: Float, stride: int, rows: int, cols: int) -> Float:
-    """Mean over stride x stride cells, the border repeated where the last cell is incomplete."""
+def _shrink(values: Float, stride: int, axis: int) -> Float:
+    """Mean over runs of `stride` entries along an axis, the last entry repeated where a run is incomplete."""
     if stride == 1:
         return values
-    pad = ((0, 0), (0, rows * stride - values.shape[1]), (0, cols * stride - values.shape[2]))
+    size = values.shape[axis]
+    pad = [(0, 0)] * values.ndim
+    pad[axis] = (0, -size % stride)
     padded = np.pad(values, pad, mode="edge")
-    return padded.reshape(len(values), rows, stride, cols, stride).mean(axis=(2, 4))
+    shape = (*values.shape[:axis], -(-size // stride), stride, *values.shape[axis + 1 :])
+    return np.add.reduce(padded.reshape(shape), axis=axis + 1) / np.float32(stride)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import reduce
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -47,21 +47,21 @@ class Lattice:
         """Linear interpolation at points [P, 3] mm (nearest outside): [P, 3] mm."""
         shape = self.values.shape[1:]
         flat = self.values.reshape(3, -1)
-        size = torch.tensor(shape, device=x.device)
-        position = torch.minimum((x / self.step_mm).clamp_min(0), (size - 1).float())
-        low = torch.minimum(position.floor(), (size - 2).clamp_min(0).float())
-        fraction = position - low
+        last = torch.tensor(shape, device=x.device) - 1
+        position = torch.minimum((x / self.step_mm).clamp_min(0), last.float())
+        low = torch.minimum(position.floor(), (last - 1).clamp_min(0).float())
+        fraction = (position - low).T
         i = low.long()
-        strides = (shape[1] * shape[2], shape[2], 1)
+        row = (i[:, 0] * shape[1] + i[:, 1]) * shape[2] + i[:, 2]
+        jumps = (shape[1] * shape[2], shape[2], 1)
+        axes = [k for k in range(3) if shape[k] > 1 and bool(fraction[k].any())]
         total = torch.zeros((3, len(x)), device=x.device)
-        for corner in range(8):
-            bits = [(corner >> k) & 1 for k in (2, 1, 0)]
-            if any(b and n == 1 for b, n in zip(bits, shape, strict=True)):
-                continue
-            weight = reduce(
-                torch.mul, [fraction[:, k] if bits[k] else 1 - fraction[:, k] for k in range(3)]
-            )
-            index = sum((i[:, k] + bits[k]) * strides[k] for k in range(3))
+        for bits in product((0, 1), repeat=len(axes)):
+            weight = torch.ones_like(fraction[0])
+            index = row
+            for axis, bit in zip(axes, bits, strict=True):
+                weight = weight * (fraction[axis] if bit else 1 - fraction[axis])
+                index = index + bit * jumps[axis]
             total += flat[:, index] * weight
         return total.T
 
@@ -77,7 +77,8 @@ def resample(u: Lattice, onto: Lattice) -> Lattice:
     """The same field on another lattice, linear along each axis."""
     values = u.values
     for axis in range(3):
-        matrix = _linear_matrix(onto.values.shape[axis + 1], onto.step_mm[axis], values.shape[axis + 1], u.step_mm[axis])
+        rows, cols = onto.values.shape[axis + 1], values.shape[axis + 1]
+        matrix = _linear_matrix(rows, onto.step_mm[axis], cols, u.step_mm[axis])
         values = torch.movedim(torch.tensordot(matrix, values, dims=([1], [axis + 1])), 0, axis + 1)
     return replace(onto, values=values.contiguous())
 
@@ -106,23 +107,21 @@ class ControlGrid:
     basis: tuple[Tensor, Tensor, Tensor]
     spacing_mm: Tensor
     modes: tuple[tuple[Tensor, Tensor], ...]
-    lattice_step_mm: Tensor
 
     @staticmethod
-    def over(u: Lattice, spacing_mm: float) -> ControlGrid:
-        """Control points every `spacing_mm`, at least one lattice step apart, one beyond each border."""
+    def over(u: Lattice, control_mm: float) -> ControlGrid:
+        """Control points every `control_mm`, at least one lattice step apart, one beyond each border."""
         basis, spacing, modes = [], [], []
         for n, step in zip(u.values.shape[1:], u.step_mm.tolist(), strict=True):
-            gap = max(spacing_mm, step)
+            gap = max(control_mm, step)
             basis.append(_bspline_matrix(n, step, gap, u.values.device))
             spacing.append(gap)
         smallest = min(spacing)
         for matrix, gap in zip(basis, spacing, strict=True):
             dct, eigenvalues = _dct(matrix.shape[1], u.values.device)
             modes.append((dct, eigenvalues * (smallest / gap) ** 2))
-        return ControlGrid(
-            (basis[0], basis[1], basis[2]), torch.tensor(spacing, dtype=torch.float32, device=u.values.device), tuple(modes), u.step_mm
-        )
+        spacing_mm = torch.tensor(spacing, dtype=torch.float32, device=u.values.device)
+        return ControlGrid((basis[0], basis[1], basis[2]), spacing_mm, tuple(modes))
 
     def expand(self, d: Tensor) -> Tensor:
         """Coefficients [c, ...control] to lattice values [c, ...lattice]."""

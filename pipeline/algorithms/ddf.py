@@ -24,7 +24,7 @@ from torch import Tensor
 from pipeline.algorithms import roi_fields
 from pipeline.algorithms.affine import Affine, robust_affine
 from pipeline.algorithms.bspline import ControlGrid, Lattice, compose, resample, solve
-from pipeline.algorithms.roi_fields import RoiFields, RoiPair
+from pipeline.algorithms.roi_fields import Points, RoiFields, RoiPair
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,13 @@ class Level:
     points: int = 1
 
 
+_FEWEST_FOR_AFFINE = 3
+_NO_LINEAR_PART_MM = 1e6
+
 DEFAULT_LEVELS = (
-    Level(4, 16.0, 4.0, 4),
-    Level(2, 8.0, 2.0, 6),
-    Level(2, 4.0, 1.5, 6),
-    Level(1, 3.0, 0.8, 6),
+    Level(4, 16.0, 4.0, 4, 4),
+    Level(2, 8.0, 2.0, 4, 2),
+    Level(2, 5.0, 1.2, 4, 2),
 )
 
 
@@ -66,16 +68,18 @@ class FitConfig:
         affine_prior_mm: how strongly few or clustered ROIs pull the affine towards a translation.
         robust: exponent by which ROIs that stay apart lose weight from level to level; 0 switches it off.
         slice_weight: weight of the matched slice's position along the through-plane axis.
+        points_per_roi: about how many voxels of a ROI vote.
         levels: coarse to fine.
     """
 
-    smoothness: float = 0.02
+    smoothness: float = 0.001
     elastic: float = 0.0
     step: float = 0.4
     affine_iterations: int = 12
     affine_prior_mm: float = 20.0
     robust: float = 1.0
     slice_weight: float = 0.05
+    points_per_roi: int = 120
     levels: tuple[Level, ...] = field(default=DEFAULT_LEVELS)
 
 
@@ -124,23 +128,24 @@ def fit_ddf(
         return FitResult(np.zeros((3, *shape), np.float32), np.eye(4), "identity", np.zeros(0, np.float32))
     h0 = min(spacing_mm[1:]) if shape[0] == 1 else min(spacing_mm)
     rois = roi_fields.build(pairs, spacing_mm, moving_spacing_mm, moving_to_fixed, h0, device)
-    affine = _fit_affine(rois.near(12 * h0, 3), pairs, config, h0, flat=shape[0] == 1)
+    affine = _fit_affine(rois, config, h0, flat=shape[0] == 1)
     u = None
     weights = rois.weight
     for level in config.levels:
         lattice = Lattice.over(shape, spacing_mm, level.stride, h0, device)
         u = lattice.zeros() if u is None else resample(u, lattice)
-        weights = _reweighted(rois.near(4 * level.tau * h0, 2), affine, u, level.tau * h0, config.robust)
-        u = _fit_level(rois, weights, affine, u, level, config, h0)
+        points = rois.points((3 * level.tau + 1) * h0, level.points, config.points_per_roi)
+        weights = _reweighted(rois, points, affine, u, level.tau * h0, config.robust)
+        u = _fit_level(rois, points, weights, affine, u, level, config, h0)
     assert u is not None
-    overlap = _overlap(rois.near(4 * h0, 2), affine, u, h0)
+    overlap = _overlap(rois, rois.points(4 * h0, 1, config.points_per_roi), affine, u, h0)
     full = Lattice.over(shape, spacing_mm, 1, 0.0, device)
     total = resample(u, full).values
     matrix = torch.as_tensor(affine, dtype=torch.float32, device=total.device)
     x = full.points()
     shift = torch.einsum("ij,j...->i...", matrix[:3, :3] - torch.eye(3, device=x.device), x)
     ddf = total + shift + matrix[:3, 3, None, None, None]
-    fallback = "none" if len(pairs) >= 3 else "translation"
+    fallback = "none" if len(pairs) >= _FEWEST_FOR_AFFINE else "translation"
     return FitResult(ddf.cpu().numpy(), affine, fallback, overlap.cpu().numpy())
 
 
@@ -149,35 +154,30 @@ def _transform(affine: Tensor, u: Lattice, x: Tensor) -> Tensor:
     return x @ affine[:3, :3].T + affine[:3, 3] + u.at(x)
 
 
-def _fit_affine(
-    rois: RoiFields, pairs: Sequence[RoiPair], config: FitConfig, h0: float, flat: bool
-) -> Affine:
+def _fit_affine(rois: RoiFields, config: FitConfig, h0: float, flat: bool) -> Affine:
     """Robust affine of the centroids, refined on the soft masks with the same prior."""
-    fixed = rois.fixed_centroid.cpu().numpy().astype(np.float64)
-    moving = rois.moving_centroid.cpu().numpy().astype(np.float64)
-    weight = rois.weight.cpu().numpy().astype(np.float64)
-    prior = 1e6 if len(pairs) < 3 else config.affine_prior_mm
+    fixed, moving, weight = (
+        t.cpu().numpy().astype(np.float64) for t in (rois.fixed_centroid, rois.moving_centroid, rois.weight)
+    )
+    few = len(weight) < _FEWEST_FOR_AFFINE
+    prior = _NO_LINEAR_PART_MM if few else config.affine_prior_mm
     start = robust_affine(fixed, moving, weight, prior)
     if config.affine_iterations == 0:
         return start
-    matrix = torch.as_tensor(start, dtype=torch.float32, device=rois.x.device)
+    matrix = torch.as_tensor(start, dtype=torch.float32, device=rois.moving.device)
     tau = 4.0 * h0
-    center = rois.x.mean(0)
-    scale = (rois.x - center).square().mean().sqrt() + h0
+    points = rois.points(12 * h0, 3, config.points_per_roi)
+    center = points.x.mean(0)
+    scale = (points.x - center).square().mean().sqrt() + h0
+    basis = torch.cat([(points.x - center) / scale, torch.ones_like(points.x[:, :1])], 1)
+    weight_p = rois.weight[points.index] * points.share
+    ridge = _affine_ridge(float(rois.weight.sum()), prior / float(scale), flat, matrix)
     for _ in range(config.affine_iterations):
-        y = rois.x @ matrix[:3, :3].T + matrix[:3, 3]
-        residual, gradient, _ = rois.residual(y, tau)
-        weight_p = (rois.weight / rois.count)[rois.index]
-        basis = torch.cat([(rois.x - center) / scale, torch.ones_like(rois.x[:, :1])], 1)
+        y = points.x @ matrix[:3, :3].T + matrix[:3, 3]
+        residual, gradient, _ = rois.residual(points, y, tau)
         jacobian = (gradient[:, :, None] * basis[:, None, :]).reshape(len(basis), 12)
         normal = jacobian.T @ (jacobian * weight_p[:, None])
-        rhs = jacobian.T @ (residual * weight_p)
-        ridge = torch.full((12,), float(rois.weight.sum()) * 1e-3, device=normal.device)
-        ridge[[3, 7, 11]] = 1e-6 * float(rois.weight.sum())
-        ridge[[0, 1, 2, 4, 5, 6, 8, 9, 10]] *= (prior / float(scale)) ** 2 * 10
-        if flat:
-            ridge[:4] += 1e9
-        step = -torch.linalg.solve(normal + torch.diag(ridge), rhs).reshape(3, 4)
+        step = -torch.linalg.solve(normal + ridge, jacobian.T @ (residual * weight_p)).reshape(3, 4)
         step = step * torch.clamp(2 * h0 / step.norm().clamp_min(1e-6), max=1.0)
         matrix = matrix.clone()
         matrix[:3, :3] += step[:, :3] / scale
@@ -185,41 +185,65 @@ def _fit_affine(
     return matrix.cpu().numpy().astype(np.float64)
 
 
-def _overlap(rois: RoiFields, affine: Affine, u: Lattice, tau: float) -> Tensor:
-    """Soft Dice of each ROI pair under the current map: [K], 0..1."""
-    matrix = torch.as_tensor(affine, dtype=torch.float32, device=rois.x.device)
-    _, _, moved = rois.residual(_transform(matrix, u, rois.x), tau)
-    fixed = torch.sigmoid(rois.fixed / tau)
-    both = rois.sum_per_roi(moved * fixed)
-    return 2 * both / (rois.sum_per_roi(moved * moved) + rois.sum_per_roi(fixed * fixed)).clamp_min(1e-6)
+def _affine_ridge(total: float, prior: float, flat: bool, like: Tensor) -> Tensor:
+    """Damping [12, 12] of the affine step: the linear part by the prior, z not at all moved in a 2D image."""
+    ridge = torch.full((3, 4), 1e-2 * total * prior**2)
+    ridge[:, 3] = 1e-6 * total
+    if flat:
+        ridge[0] = 1e9
+    return torch.diag(ridge.reshape(12)).to(like)
 
 
-def _reweighted(rois: RoiFields, affine: Affine, u: Lattice, tau: float, power: float) -> Tensor:
-    """ROI weights lowered where a pair stays apart compared with the better half of the pairs."""
-    overlap = _overlap(rois, affine, u, tau)
+def _overlap(rois: RoiFields, points: Points, affine: Affine, u: Lattice, tau: float) -> Tensor:
+    """Soft Dice of each ROI pair under the current map, near the boundary: [K], 0..1."""
+    matrix = torch.as_tensor(affine, dtype=torch.float32, device=points.x.device)
+    _, _, moved = rois.residual(points, _transform(matrix, u, points.x), tau)
+    fixed = torch.sigmoid(points.fixed / tau)
+    both, a, b = (rois.sum_per_roi(points, v) for v in (moved * fixed, moved * moved, fixed * fixed))
+    return 2 * both / (a + b).clamp_min(1e-6)
+
+
+def _reweighted(
+    rois: RoiFields, points: Points, affine: Affine, u: Lattice, tau: float, power: float
+) -> Tensor:
+    """ROI weights lowered where a pair stays apart compared with the better part of the pairs."""
+    if not power:
+        return rois.weight
+    overlap = _overlap(rois, points, affine, u, tau)
     typical = overlap.quantile(0.75).clamp_min(1e-3)
-    return rois.weight * torch.clamp(overlap / typical, max=1.0) ** power if power else rois.weight
+    return rois.weight * torch.clamp(overlap / typical, max=1.0) ** power
 
 
 def _fit_level(
-    rois: RoiFields, weights: Tensor, affine: Affine, u: Lattice, level: Level, config: FitConfig, h0: float
+    rois: RoiFields,
+    points: Points,
+    weights: Tensor,
+    affine: Affine,
+    u: Lattice,
+    level: Level,
+    config: FitConfig,
+    h0: float,
 ) -> Lattice:
     """Gauss-Newton steps of one level; returns the refined field on the same lattice."""
     tau = level.tau * h0
-    near = rois.near(3 * tau + h0, level.points)
     grid = ControlGrid.over(u, level.control * h0)
-    matrix = torch.as_tensor(affine, dtype=torch.float32, device=near.x.device)
-    cell = u.nearest(near.x)
-    point_weight = (weights / near.count)[near.index]
+    matrix = torch.as_tensor(affine, dtype=torch.float32, device=points.x.device)
+    cell = u.nearest(points.x)
+    weight = weights[points.index] * points.share
+    limit = config.step * grid.spacing_mm[:, None, None, None]
+    rows, cols = torch.triu_indices(3, 3)
     for _ in range(level.iterations):
-        y = _transform(matrix, u, near.x)
-        residual, gradient, _ = near.residual(y, tau)
+        y = _transform(matrix, u, points.x)
+        residual, gradient, _ = rois.residual(points, y, tau)
         jacobian = gradient @ matrix[:3, :3]
-        gain, curvature = near.normal_equations(jacobian, residual, point_weight, y, config.slice_weight, matrix)
+        offset, anchor = rois.slice_anchor(points, y, config.slice_weight * weight)
+        across = matrix[0, :3]
+        gain = jacobian * (residual * weight)[:, None] + across * (offset * anchor)[:, None]
+        curvature = jacobian[:, rows] * jacobian[:, cols] * weight[:, None]
+        curvature = curvature + anchor[:, None] * (across[rows] * across[cols])
         g, h = grid.gather(cell, gain, curvature)
         if config.elastic:
             g = g + config.elastic * h0**2 * grid.laplacian_of(u)
         d = solve(grid, g, h, (config.smoothness + config.elastic) * h0**2)
-        limit = config.step * grid.spacing_mm[:, None, None, None]
         u = compose(u, grid.expand(torch.clamp(d, -limit, limit)), matrix)
     return u

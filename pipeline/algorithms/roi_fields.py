@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -35,21 +35,37 @@ class RoiPair:
 
 
 @dataclass(frozen=True)
-class RoiFields:
-    """K ROI pairs as P fixed points and K moving distance maps.
+class Points:
+    """Voxels near the fixed ROIs' boundaries, the samples of the fit.
 
     Attributes:
-        x: [P, 3] fixed-local points, mm. phase: [P, 2] their row and column in the fixed grid. fixed: [P] signed distance to the fixed ROI, mm. index: [P] ROI of a point.
+        x: [P, 3] fixed-local mm. fixed: [P] signed distance to the fixed ROI, mm. index: [P] ROI of a point.
+        share: [P] voxels that a point stands for over the voxels of its ROI.
+    """
+
+    x: Tensor
+    fixed: Tensor
+    index: Tensor
+    share: Tensor
+
+
+@dataclass(frozen=True)
+class RoiFields:
+    """The distance maps of K ROI pairs.
+
+    Attributes:
+        fixed: K signed distance maps on crops of the fixed grid, mm. corner: [K, 3] first fixed index of each.
+        spacing_mm: (z, y, x) of the fixed grid.
         weight: [K]. count: [K] voxels of the fixed ROI, which normalise the ROI's mean error.
         fixed_centroid, moving_centroid: [K, 3] mm, both in the fixed frame.
         moving: flat signed distance maps, mm. base, dims, origin: [K] start, [K, 3] size, [K, 3] first index of each.
         to_index: [3, 4] fixed-frame mm to moving index. slab: [K] whether z is unknown.
+        flat: whether all moving ROIs are slabs, so that nothing is interpolated along z.
     """
 
-    x: Tensor
-    phase: Tensor
-    fixed: Tensor
-    index: Tensor
+    fixed: tuple[npt.NDArray[np.float32], ...]
+    corner: npt.NDArray[np.int64]
+    spacing_mm: tuple[float, float, float]
     weight: Tensor
     count: Tensor
     fixed_centroid: Tensor
@@ -60,60 +76,79 @@ class RoiFields:
     origin: Tensor
     to_index: Tensor
     slab: Tensor
+    flat: bool
 
-    def near(self, distance_mm: float, stride: int) -> RoiFields:
-        """Only the points within a distance of their fixed boundary, every `stride`-th row and column of them."""
-        keep = (self.fixed.abs() < distance_mm) & (self.phase % stride == 0).all(1)
-        return replace(
-            self, x=self.x[keep], fixed=self.fixed[keep], index=self.index[keep], count=self.count / stride**2
+    def points(self, distance_mm: float, stride: int, limit: int) -> Points:
+        """Voxels within a distance of their fixed boundary, on every `stride`-th row and column.
+
+        A ROI with more than about `limit` of them is sampled more coarsely.
+        """
+        x, fixed, index, share = [], [], [], []
+        spacing = np.asarray(self.spacing_mm)
+        for k, distance in enumerate(self.fixed):
+            step = stride
+            near = np.abs(distance[:, ::step, ::step]) < distance_mm
+            excess = near.sum() / limit
+            if excess > 1:
+                step *= int(np.ceil(np.sqrt(excess)))
+                near = np.abs(distance[:, ::step, ::step]) < distance_mm
+            place = np.argwhere(near) * (1, step, step)
+            x.append((place + self.corner[k]) * spacing)
+            fixed.append(distance[:, ::step, ::step][near])
+            index.append(np.full(len(place), k))
+            share.append(np.full(len(place), step**2))
+        device = self.moving.device
+        flat_index = torch.as_tensor(np.concatenate(index), device=device)
+        return Points(
+            torch.as_tensor(np.concatenate(x), dtype=torch.float32, device=device),
+            torch.as_tensor(np.concatenate(fixed), device=device),
+            flat_index,
+            torch.as_tensor(np.concatenate(share), dtype=torch.float32, device=device) / self.count[flat_index],
         )
 
-    def sum_per_roi(self, values: Tensor) -> Tensor:
+    def sum_per_roi(self, points: Points, values: Tensor) -> Tensor:
         """Sum a point quantity [P] over each ROI: [K]."""
-        return torch.zeros_like(self.weight).index_add_(0, self.index, values)
+        return torch.zeros_like(self.weight).index_add_(0, points.index, values)
 
-    def residual(self, y: Tensor, tau: float) -> tuple[Tensor, Tensor, Tensor]:
+    def residual(self, points: Points, y: Tensor, tau: float) -> tuple[Tensor, Tensor, Tensor]:
         """Residual [P] in mm, its gradient [P, 3] with respect to y, and the soft moved mask [P] at y [P, 3] mm."""
-        distance, gradient = self._sample(y)
+        distance, gradient = self._sample(points.index, y)
         moved = torch.sigmoid(distance / tau)
-        residual = 4 * tau * (moved - torch.sigmoid(self.fixed / tau))
+        residual = 4 * tau * (moved - torch.sigmoid(points.fixed / tau))
         return residual, gradient * (4 * moved * (1 - moved))[:, None], moved
 
-    def normal_equations(
-        self, jacobian: Tensor, residual: Tensor, weight: Tensor, y: Tensor, slice_weight: float, matrix: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Per point: gradient [P, 3] and curvature [P, 6] (zz, zy, zx, yy, yx, xx), slice anchors included."""
-        z = self.moving_centroid[self.index, 0] - y[:, 0]
-        anchor = slice_weight * self.slab[self.index] * weight
-        gain = jacobian * (residual * weight)[:, None]
-        gain = gain - (anchor * z)[:, None] * matrix[0, :3]
-        rows, cols = torch.triu_indices(3, 3)
-        curvature = jacobian[:, rows] * jacobian[:, cols] * weight[:, None]
-        row = matrix[0, :3]
-        return gain, curvature + anchor[:, None] * (row[rows] * row[cols])
+    def slice_anchor(self, points: Points, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Residual [P] (mm) that pulls slabs to their matched slice, and its weight [P], zero for 3D ROIs."""
+        return y[:, 0] - self.moving_centroid[points.index, 0], self.slab[points.index] * weight
 
-    def _sample(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Linear interpolation of the moving distance map of each point's ROI, and its gradient in mm."""
-        position = y @ self.to_index[:, :3].T + self.to_index[:, 3] - self.origin[self.index]
-        dims = self.dims[self.index]
-        low = torch.minimum(position.clamp_min(0).floor(), (dims - 2).clamp_min(0))
-        fraction = torch.minimum((position - low).clamp(0, 1), (dims - 1))
-        base = self.base[self.index]
-        i = low.long()
-        size = dims.long()
-        value = torch.zeros_like(y[:, 0])
-        gradient = torch.zeros_like(y)
-        for corner in range(8):
-            bits = [(corner >> k) & 1 for k in (2, 1, 0)]
-            factors = [fraction[:, k] if bits[k] else 1 - fraction[:, k] for k in range(3)]
-            index = [torch.minimum(i[:, k] + bits[k], size[:, k] - 1) for k in range(3)]
-            v = self.moving[base + (index[0] * size[:, 1] + index[1]) * size[:, 2] + index[2]]
-            value += v * factors[0] * factors[1] * factors[2]
-            for k in range(3):
-                others = factors[(k + 1) % 3] * factors[(k + 2) % 3]
-                gradient[:, k] += v * others * (1 if bits[k] else -1)
-        gradient[:, 0] *= (dims[:, 0] > 1).to(gradient.dtype)
-        return value, gradient @ self.to_index[:, :3]
+    def _sample(self, roi: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Linear interpolation of the moving distance map of each point's ROI, and its gradient per mm of y."""
+        position = y @ self.to_index[:, :3].T + self.to_index[:, 3] - self.origin[roi]
+        dims = self.dims[roi]
+        last = dims - 1
+        low = torch.minimum(position.clamp_min(0).floor(), (last - 1).clamp_min(0))
+        fraction = torch.minimum((position - low).clamp(0, 1), last)
+        size, i = dims.long(), low.long()
+        row = (self.base[roi] + i[:, 0] * size[:, 1] * size[:, 2]) + i[:, 1] * size[:, 2] + i[:, 2]
+        jump = torch.stack([size[:, 1] * size[:, 2], size[:, 2], torch.ones_like(size[:, 2])]) * (size > 1).T
+        fz, fy, fx = fraction.T
+        plane, slope_y, slope_x = self._bilinear(row, jump[1], jump[2], fy, fx)
+        slope_z = torch.zeros_like(plane)
+        if not self.flat:
+            above, above_y, above_x = self._bilinear(row + jump[0], jump[1], jump[2], fy, fx)
+            slope_z = above - plane
+            plane = plane + fz * slope_z
+            slope_y, slope_x = slope_y + fz * (above_y - slope_y), slope_x + fz * (above_x - slope_x)
+        return plane, torch.stack([slope_z, slope_y, slope_x], 1) @ self.to_index[:, :3]
+
+    def _bilinear(
+        self, row: Tensor, down: Tensor, right: Tensor, fy: Tensor, fx: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Value and slopes along y and x of one plane of the flat maps."""
+        a, b = self.moving[row], self.moving[row + right]
+        c, d = self.moving[row + down], self.moving[row + down + right]
+        top, bottom = a + fx * (b - a), c + fx * (d - c)
+        return top + fy * (bottom - top), bottom - top, (b - a) + fy * (d - c - b + a)
 
 
 def signed_distance(
@@ -145,16 +180,11 @@ def build(
     margin: float = 12.0,
 ) -> RoiFields:
     """Distance maps and points of all pairs; `margin` (in h0) is how far around each ROI the fit can see."""
-    points, phase, fixed, index, moving, dims, origin, centroids = ([] for _ in range(8))
-    for k, pair in enumerate(pairs):
-        slab = pair.fixed.mask.shape[0] == 1
-        pad = _margin(spacing_mm, margin * h0, slab)
-        distance = signed_distance(pair.fixed.mask, spacing_mm, pad)
-        grid = np.indices(distance.shape).reshape(3, -1).T + np.subtract(pair.fixed.offset, pad)
-        points.append(grid * np.asarray(spacing_mm))
-        phase.append(grid[:, 1:])
-        fixed.append(distance.ravel())
-        index.append(np.full(distance.size, k))
+    fixed, corner, moving, dims, origin, centroids = ([] for _ in range(6))
+    for pair in pairs:
+        pad = _margin(spacing_mm, margin * h0, pair.fixed.mask.shape[0] == 1)
+        fixed.append(signed_distance(pair.fixed.mask, spacing_mm, pad))
+        corner.append(np.subtract(pair.fixed.offset, pad))
         pad = _margin(moving_spacing_mm, margin * h0, pair.moving.mask.shape[0] == 1)
         distance = signed_distance(pair.moving.mask, moving_spacing_mm, pad)
         moving.append(distance.ravel())
@@ -173,10 +203,9 @@ def build(
         return torch.as_tensor(np.asarray(values, dtype=np.int64), device=device)
 
     return RoiFields(
-        x=real(np.concatenate(points)),
-        phase=whole(np.concatenate(phase)),
-        fixed=real(np.concatenate(fixed)),
-        index=whole(np.concatenate(index)),
+        fixed=tuple(fixed),
+        corner=np.array(corner),
+        spacing_mm=spacing_mm,
         weight=real([p.weight for p in pairs]),
         count=real([p.fixed.mask.sum() for p in pairs]),
         fixed_centroid=real(fixed_centroid),
@@ -187,6 +216,7 @@ def build(
         origin=real(np.array(origin)),
         to_index=real(to_index),
         slab=real([p.moving.mask.shape[0] == 1 for p in pairs]),
+        flat=all(p.moving.mask.shape[0] == 1 for p in pairs),
     )
 
 
