@@ -41,7 +41,7 @@ class WorkerPool:
         self.count = count
         self.num_gpus = num_gpus
         options: dict[str, Any] = {"num_cpus": 1, "num_gpus": num_gpus, "max_restarts": 0, "max_task_retries": 0}
-        self._actor = ray.remote(**options)(UnitProcess)
+        self._actor: Any = ray.remote(**options)(UnitProcess)
         self._idle = [self._actor.remote() for _ in range(count)]
         self._busy: dict[ray.ObjectRef[Any], Any] = {}
 

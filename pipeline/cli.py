@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,8 +124,9 @@ def cohort_scan(
 ) -> None:
     """Write a cohort manifest for a folder, a BIDS dataset or a Learn2Reg dataset JSON."""
     with _errors_as_exit_codes(out):
-        from storage.cohort import write_cohort
         from storage.scan import scan
+
+        from storage.cohort import write_cohort
 
         found = scan(folder)
         write_cohort(found, out)
@@ -214,4 +214,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

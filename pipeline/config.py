@@ -85,6 +85,9 @@ def make_config(given: Mapping[str, Any]) -> StudyConfig:
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"preset: unknown preset {preset!r}{_suggest(str(preset), PRESETS)}")
     values = _merged(PRESETS.get(str(preset), {}), _expand_short(given))
+    segmenter = values.get("segmenter")
+    if isinstance(segmenter, dict):
+        segmenter.setdefault("name", ComponentTreeConfig().name)
     for message in _unknown_keys(StudyConfig, values, ""):
         raise ConfigError(message)
     try:
@@ -108,7 +111,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _expand_short(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`pairs: star` spelt out, and a segmenter without a name as the default one."""
+    """`pairs: star` spelt out."""
     values = dict(given)
     if isinstance(values.get("pairs"), str):
         values["pairs"] = {"mode": values["pairs"]}
@@ -181,7 +184,7 @@ def _fields_of(kind: Any, values: object) -> dict[str, Any] | None:
         known = [fields for fields in members if fields is not None]
         named = values.get("name") if isinstance(values, Mapping) else None
         fitting = [fields for fields in known if named in typing.get_args(fields.get("name"))]
-        return (fitting or known or [None])[0]
+        return next(iter(fitting or known), None)
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return {name: Annotated[field.annotation, None] for name, field in kind.model_fields.items()}
     if dataclasses.is_dataclass(kind):

@@ -1,11 +1,11 @@
 """The study folder: where everything lies, what it was made with, and who is writing to it.
 
-    study/
-      embeddings.zarr       features, ROI masks and prototypes of each subject
-      rois/ correspondences/ metrics/ failures/ runs/    Parquet
-      transforms/           one ITK displacement field per pair
-      run.yaml              resolved configuration, versions, digests
-      plan.json             the subjects, pairs and keys of the latest run, which `samreg status` compares with
+study/
+  embeddings.zarr       features, ROI masks and prototypes of each subject
+  rois/ correspondences/ metrics/ failures/ runs/    Parquet
+  transforms/           one ITK displacement field per pair
+  run.yaml              resolved configuration, versions, digests
+  plan.json             the subjects, pairs and keys of the latest run, which `samreg status` compares with
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline import results
 from pipeline.dispatch import Failure
@@ -50,11 +50,7 @@ def run_pairs(study: Study, pairs: Sequence[Pair], planned: Sequence[PlannedPair
 def _holding(folder: StudyFolder, planned: Sequence[PlannedPair], unreadable: set[str]) -> set[str]:
     """Pairs whose metrics and transform still hold; other rows and transforms are removed."""
     present = {path.name for path in folder.transforms.glob("*.h5")} if folder.transforms.exists() else set()
-    wanted = {
-        pair.pair: (pair.fit_key, pair.part)
-        for pair in planned
-        if folder.transform(pair.pair).name in present
-    }
+    wanted = {pair.pair: (pair.fit_key, pair.part) for pair in planned if folder.transform(pair.pair).name in present}
     held = results.reconcile(folder.root, "metrics", wanted, unreadable)
     for name in present - {folder.transform(pair).name for pair in held}:
         (folder.transforms / name).unlink()
@@ -108,7 +104,7 @@ def _fit(study: Study, ready: Sequence[PlannedPair], fitted: set[str], seconds: 
             units.append(fit.FitUnit(f"{part}.{start:03d}", part, group, subjects, times))
     task = fit.task(study.config, study.folder)
     for unit, outcome in study.outcomes(task, units, "pairs", [len(unit.pairs) for unit in units]):
-        rows = []
+        rows: list[dict[str, Any]] = []
         for pair, result in zip(unit.pairs, _each(outcome, len(unit.pairs)), strict=True):
             if isinstance(result, Failure):
                 _fail(study, count, pair, result)
@@ -127,9 +123,9 @@ def _by_part(pairs: Iterable[PlannedPair]) -> dict[str, list[PlannedPair]]:
     return dict(sorted(parts.items()))
 
 
-def _each(outcome: object, count: int) -> Sequence[object]:
+def _each(outcome: Sequence[Any] | Failure, count: int) -> Sequence[Any]:
     """Results of the pairs of a unit; a unit that failed as a whole fails each of them."""
-    return [outcome] * count if isinstance(outcome, Failure) else list(outcome)  # type: ignore[call-overload]
+    return [outcome] * count if isinstance(outcome, Failure) else outcome
 
 
 def _fail(study: Study, count: StageCount, pair: PlannedPair, failure: Failure) -> None:

@@ -16,9 +16,9 @@ from storage.images import ImageError, read_image
 
 SAMPLE = 24  # images read to learn how many slices a subject has
 PAPER_WINDOW = 11  # slices to either side, section 4.2
-SECONDS_PER_SLICE = {"component-tree": 0.5, "sam": 20.0}  # one CPU core, before anything has been measured
+SECONDS_PER_SLICE = {"component_tree": 0.5, "sam": 20.0}  # one CPU core, before anything has been measured
 SECONDS_PER_PAIR = 1.5
-BYTES_PER_SLICE = {"component-tree": 1 << 19, "sam": 2_200_000}
+BYTES_PER_SLICE = {"component_tree": 1 << 19, "sam": 2_200_000}
 
 
 @dataclass(frozen=True)

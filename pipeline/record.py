@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 PACKAGES = ("samreg", "ray", "torch", "numpy", "scipy", "SimpleITK", "zarr", "pyarrow")
 
 
-def check_settings(
-    folder: StudyFolder, config: StudyConfig, segmenter: Mapping[str, Any], overwrite: bool
-) -> None:
+def check_settings(folder: StudyFolder, config: StudyConfig, segmenter: Mapping[str, Any], overwrite: bool) -> None:
     """Refuse a folder whose embeddings were made with other input or segmenter settings.
 
     Other changes are no conflict: whatever depends on them is made again. These would throw away the expensive
@@ -92,9 +90,7 @@ def write_plan(
     folder.write_plan(
         {
             "subjects": {
-                name: {"encode": keys[name].encode, "prototypes": keys[name].prototypes}
-                if name in keys
-                else None
+                name: {"encode": keys[name].encode, "prototypes": keys[name].prototypes} if name in keys else None
                 for name in subjects
             },
             "pairs": None

@@ -27,9 +27,7 @@ class Request:
     unknown: tuple[tuple[int, Pair, str], ...]
 
 
-def read_request(
-    config: Path | None, cohort: Path, pairs: str | None = None, overrides: Sequence[str] = ()
-) -> Request:
+def read_request(config: Path | None, cohort: Path, pairs: str | None = None, overrides: Sequence[str] = ()) -> Request:
     """Read configuration, manifest and pairs.
 
     Args:

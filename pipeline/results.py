@@ -40,9 +40,7 @@ def reconcile(
     for part in tables.part_names(root, name):
         table = _readable(root, name, part)
         pairs, keys = ([] if table is None else table.column(c).to_pylist() for c in ("pair", "key"))
-        here = [
-            pair in untouched or wanted.get(pair) == (key, part) for pair, key in zip(pairs, keys, strict=True)
-        ]
+        here = [pair in untouched or wanted.get(pair) == (key, part) for pair, key in zip(pairs, keys, strict=True)]
         if table is not None and all(here):
             kept.update(pairs)
             continue
@@ -71,9 +69,7 @@ def _by_target(
     return rows
 
 
-def _rewrite(
-    root: Path, name: str, spoiled: list[str], moving: Mapping[str, list[pa.Table]], kept: set[str]
-) -> None:
+def _rewrite(root: Path, name: str, spoiled: list[str], moving: Mapping[str, list[pa.Table]], kept: set[str]) -> None:
     """Write the moved rows first and remove the emptied parts last, so that a kill in between loses none."""
     for target, pieces in moving.items():
         merged: pa.Table | None = None

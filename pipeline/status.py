@@ -89,11 +89,7 @@ def _done(folder: StudyFolder, subjects: Mapping[str, Any], pairs: Mapping[str, 
     }
     matched = set(_pair_keys(folder.root, "correspondences"))
     planned = {name: keys for name, keys in pairs.items() if keys is not None}
-    fit = {
-        name
-        for name, keys in planned.items()
-        if (name, keys["fit"]) in fitted and folder.transform(name).exists()
-    }
+    fit = {name for name, keys in planned.items() if (name, keys["fit"]) in fitted and folder.transform(name).exists()}
     return {
         "encode": {n for n, k in subjects.items() if k and _digest(store.signature(n)) == k["encode"]},
         "prototypes": {n for n, k in subjects.items() if k and _pooled(store, n) == k["prototypes"]},

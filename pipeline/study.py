@@ -112,9 +112,7 @@ class Study:
         self.store = EmbeddingStore(self.folder.embeddings)
         self.subjects = self.cohort.by_name()
 
-    def run(
-        self, pairs: Sequence[Pair] | None, unknown: Sequence[UnknownPair], overwrite: bool
-    ) -> StudySummary:
+    def run(self, pairs: Sequence[Pair] | None, unknown: Sequence[UnknownPair], overwrite: bool) -> StudySummary:
         """Every stage, in order."""
         start = time.time()
         if pairs is None and self.config.pairs.mode != "knn":
@@ -186,9 +184,7 @@ class Study:
         """Encode, then pool, every subject whose stored results are missing or made otherwise."""
         units = encode.plan(self.store, self.subjects, keys)
         self.counts["encode"].reused = len(keys) - len(units)
-        for unit, outcome in self.outcomes(
-            encode.task(self.config, self.folder.embeddings), units, "subjects"
-        ):
+        for unit, outcome in self.outcomes(encode.task(self.config, self.folder.embeddings), units, "subjects"):
             self._count_subject("encode", unit.subject, outcome)
         encoded = {name: key for name, key in keys.items() if name not in self.failures.subjects}
         pooling = prototypes.plan(self.folder.root, self.store, encoded)

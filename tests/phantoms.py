@@ -40,9 +40,7 @@ def ellipses(
     return image + noise.astype(np.float32), labels
 
 
-def write_volume(
-    path: Path, array: npt.NDArray[Any], spacing: tuple[float, float, float] = (1.5, 1.5, 6.0)
-) -> Path:
+def write_volume(path: Path, array: npt.NDArray[Any], spacing: tuple[float, float, float] = (1.5, 1.5, 6.0)) -> Path:
     """Write [z, y, x] as an ITK image; spacing in x, y, z."""
     image = sitk.GetImageFromArray(array)
     image.SetSpacing(spacing)

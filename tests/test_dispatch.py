@@ -99,9 +99,7 @@ def test_auto_does_not_start_ray_for_one_unit(monkeypatch: pytest.MonkeyPatch) -
     assert list(executor.map_units(Task("square", _build_square), [])) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), [("serial", SerialExecutor), ("ray", RayExecutor), ("auto", RayExecutor)]
-)
+@pytest.mark.parametrize(("name", "kind"), [("serial", SerialExecutor), ("ray", RayExecutor), ("auto", RayExecutor)])
 def test_open_executor(name: Any, kind: type) -> None:
     assert isinstance(open_executor(ExecutionConfig(executor=name)), kind)
 

@@ -133,9 +133,7 @@ def test_killing_the_driver_again_and_again_costs_nothing(
 
 
 @pytest.mark.ray
-def test_killing_a_ray_driver_costs_nothing(
-    cohort: Path, undisturbed: dict[str, Any], tmp_path: Path
-) -> None:
+def test_killing_a_ray_driver_costs_nothing(cohort: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "study"
     with _start(cohort, out, "--executor", "ray", "--workers", "2") as process:
         _wait_for(lambda: _busy_workers(process.pid), process)
@@ -145,9 +143,7 @@ def test_killing_a_ray_driver_costs_nothing(
 
 
 @pytest.mark.ray
-def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(
-    cohort: Path, undisturbed: dict[str, Any], tmp_path: Path
-) -> None:
+def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(cohort: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "study"
     with _start(cohort, out, "--executor", "ray", "--workers", "2") as process:
         _wait_for(lambda: list(out.glob(MOMENTS["first embedding"])), process)
@@ -252,10 +248,7 @@ def test_bad_inputs_fail_alone_with_a_clear_reason(tmp_path: Path) -> None:
     manifest = _bad_cohort(tmp_path / "data")
     pairs = phantoms.write_csv(
         tmp_path / "pairs.csv",
-        [
-            {"moving": moving, "fixed": "good"}
-            for moving in ("also_good", "other_grid", *EXPECTED, "never_heard_of")
-        ],
+        [{"moving": moving, "fixed": "good"} for moving in ("also_good", "other_grid", *EXPECTED, "never_heard_of")],
     )
     out = tmp_path / "study"
     done = _run(manifest, out, "--pairs", str(pairs))
@@ -280,7 +273,18 @@ def test_bad_inputs_fail_alone_with_a_clear_reason(tmp_path: Path) -> None:
     assert "failed encode truncated: " in status.stdout
 
 
-HOSTILE = ("../../evil", "/etc/evil", "a b", "Übung-心臓", "x" * 200, "..", "con/../rois", "a\\b", "'; drop", "zarr.json")
+HOSTILE = (
+    "../../evil",
+    "/etc/evil",
+    "a b",
+    "Übung-心臓",
+    "x" * 200,
+    "..",
+    "con/../rois",
+    "a\\b",
+    "'; drop",
+    "zarr.json",
+)
 
 
 def test_hostile_names_stay_inside_the_study(tmp_path: Path) -> None:

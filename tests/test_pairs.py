@@ -60,5 +60,5 @@ def test_impossible_choices_are_refused(config: PairsConfig, cohort: Cohort, mes
 
 
 def test_k_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="pairs.k is 0"):
+    with pytest.raises(ValueError, match=r"pairs\.k is 0"):
         PairsConfig("knn", k=0)

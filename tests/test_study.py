@@ -28,9 +28,7 @@ from storage.transforms import read_transform
 from tests import phantoms
 
 
-def _run(
-    cohort: Path | Cohort, out: Path, listed: Sequence[Pair] | None = None, **settings: Any
-) -> StudySummary:
+def _run(cohort: Path | Cohort, out: Path, listed: Sequence[Pair] | None = None, **settings: Any) -> StudySummary:
     overwrite = settings.pop("overwrite", False)
     execution = {"executor": "serial", **settings.pop("execution", {})}
     fit = {**phantoms.QUICK_FIT, **settings.pop("fit", {})}
@@ -85,9 +83,7 @@ def test_the_transform_does_to_the_user_s_files_what_the_table_says(finished: Pa
     moved = sitk.GetArrayFromImage(sitk.Resample(moving, fixed, transform, sitk.sitkNearestNeighbor))
     truth = sitk.GetArrayFromImage(fixed)
     row = next(
-        row
-        for row in tables.read_table(finished, "metrics").to_pylist()
-        if (row["pair"], row["label"]) == ("b__a", 1)
+        row for row in tables.read_table(finished, "metrics").to_pylist() if (row["pair"], row["label"]) == ("b__a", 1)
     )
     overlap = 2 * ((moved == 1) & (truth == 1)).sum() / ((moved == 1).sum() + (truth == 1).sum())
     assert overlap == pytest.approx(row["dice"], abs=0.01)
@@ -259,13 +255,11 @@ def test_unreadable_inputs_do_not_cost_earlier_results(study: Path, cohort: Path
     assert _counts(_run(cohort, study))["fit"] == (0, 6, 0)
 
 
-def test_rows_lost_during_a_run_are_noticed(
-    study: Path, cohort: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_lost_during_a_run_are_noticed(study: Path, cohort: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline import pair_stages
 
     monkeypatch.setattr(pair_stages.results, "merge_rows", lambda *arguments: None)
-    with pytest.raises(StudyError, match="no result for .*a__b"):
+    with pytest.raises(StudyError, match=r"no result for .*a__b"):
         _run(cohort, study, fit={"smoothness": 0.05})
 
 

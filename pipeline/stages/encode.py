@@ -31,9 +31,7 @@ class EncodeUnit:
         return self.subject
 
 
-def plan(
-    store: EmbeddingStore, subjects: Mapping[str, Subject], keys: Mapping[str, SubjectKeys]
-) -> list[EncodeUnit]:
+def plan(store: EmbeddingStore, subjects: Mapping[str, Subject], keys: Mapping[str, SubjectKeys]) -> list[EncodeUnit]:
     """Units of the subjects whose embeddings are absent, incomplete, made otherwise, or needed but dropped."""
     return [
         EncodeUnit(name, str(subjects[name].image), key.encode_signature)

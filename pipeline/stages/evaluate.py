@@ -7,14 +7,16 @@ distance. Label 0 is the mean over the labels that both maps hold.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.algorithms import metrics, warp
-from pipeline.algorithms.ddf import FitResult
 from storage.geometry import Geometry, center_alignment, moving_to_fixed
+
+if TYPE_CHECKING:
+    from pipeline.algorithms.ddf import FitResult
 
 Row = dict[str, Any]
 WORSE_THAN_AFFINE = 0.05
@@ -54,8 +56,7 @@ def _label_rows(fixed: Reference, moving: Reference, fit: FitResult) -> list[Row
     assert moving.labels is not None
     values = sorted((set(np.unique(fixed.labels)) | set(np.unique(moving.labels))) - {0})
     rows: list[Row] = [
-        {"label": int(v), "in_both": bool((fixed.labels == v).any() and (moving.labels == v).any())}
-        for v in values
+        {"label": int(v), "in_both": bool((fixed.labels == v).any() and (moving.labels == v).any())} for v in values
     ]
     spacing = fixed.geometry.spacing_mm
     for stage, ending in (("before", "_before"), ("centered", "_centered"), ("affine", "_affine"), ("final", "")):

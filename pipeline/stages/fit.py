@@ -6,15 +6,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline import results
-from pipeline.algorithms.ddf import FitConfig, FitResult, fit_ddf
-from pipeline.algorithms.roi_fields import Roi, RoiPair
 from pipeline.config import StudyConfig
 from pipeline.dispatch import Failure, Task, attempt
 from pipeline.folder import StudyFolder
@@ -26,6 +23,10 @@ from storage.geometry import moving_to_fixed
 from storage.images import read_labels
 from storage.landmarks import read_landmarks
 from storage.transforms import write_transform
+
+if TYPE_CHECKING:  # these load torch, which only a process that fits needs
+    from pipeline.algorithms.ddf import FitConfig, FitResult
+    from pipeline.algorithms.roi_fields import Roi, RoiPair
 
 HDF5_OVERHEAD = 1 << 16  # bytes
 
@@ -73,9 +74,7 @@ def _build(config: FitConfig, folder: StudyFolder, device: str) -> Callable[[Fit
     return partial(run_unit, folder, EmbeddingStore(folder.embeddings), config)
 
 
-def run_unit(
-    folder: StudyFolder, store: EmbeddingStore, config: FitConfig, unit: FitUnit
-) -> list[list[Row] | Failure]:
+def run_unit(folder: StudyFolder, store: EmbeddingStore, config: FitConfig, unit: FitUnit) -> list[list[Row] | Failure]:
     """Fit and evaluate each pair; its metrics rows, or the Failure, of each."""
     names = [pair.pair for pair in unit.pairs]
     matches = results.rows_of(folder.root, "correspondences", unit.part, names)
@@ -113,6 +112,8 @@ def fit_pair(
     reference: Callable[[str], Reference],
 ) -> list[Row]:
     """Fit one pair, write its transform, and return its metrics rows."""
+    from pipeline.algorithms.ddf import fit_ddf
+
     pair = item.pair
     fixed, moving = store.read(pair.fixed), store.read(pair.moving)
     known_fixed, known_moving = reference(pair.fixed), reference(pair.moving)
@@ -145,15 +146,13 @@ def fit_pair(
     return [{**row, **shared} for row in rows]
 
 
-def roi_pairs(
-    fixed: SubjectEmbedding, moving: SubjectEmbedding, matches: list[dict[str, Any]]
-) -> list[RoiPair]:
+def roi_pairs(fixed: SubjectEmbedding, moving: SubjectEmbedding, matches: list[dict[str, Any]]) -> list[RoiPair]:
     """Matched ROIs as crops of their slices, weighted by confidence."""
+    from pipeline.algorithms.roi_fields import RoiPair
+
     here = _rois(fixed, [row["fixed_roi"] for row in matches])
     there = _rois(moving, [row["moving_roi"] for row in matches])
-    return [
-        RoiPair(here[row["fixed_roi"]], there[row["moving_roi"]], float(row["confidence"])) for row in matches
-    ]
+    return [RoiPair(here[row["fixed_roi"]], there[row["moving_roi"]], float(row["confidence"])) for row in matches]
 
 
 def _rois(embedding: SubjectEmbedding, rows: list[int]) -> dict[int, Roi]:
@@ -164,6 +163,8 @@ def _rois(embedding: SubjectEmbedding, rows: list[int]) -> dict[int, Roi]:
 
 def _crop(mask: npt.NDArray[np.bool_], z: int) -> Roi:
     """The mask [H, W] as a slab of slice z, cut to its bounding box."""
+    from pipeline.algorithms.roi_fields import Roi
+
     ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     box = mask[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
     return Roi(box[None], (z, int(ys[0]), int(xs[0])))

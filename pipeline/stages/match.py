@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
@@ -50,9 +51,7 @@ def task(config: StudyConfig, root: Path, store: Path) -> Task:
     return Task("match", partial(_build, config.match, root, store))
 
 
-def _build(
-    config: MatchConfig, root: Path, store: Path, device: str
-) -> Callable[[MatchUnit], list[float | Failure]]:
+def _build(config: MatchConfig, root: Path, store: Path, device: str) -> Callable[[MatchUnit], list[float | Failure]]:
     return partial(run_unit, root, EmbeddingStore(store), config)
 
 
@@ -101,6 +100,7 @@ def _rows(
         columns[f"{role}_area_mm2"] = rois.rois.area_mm2[chosen]
         for axis, name in enumerate("zyx"):
             columns[f"{role}_centroid_{name}_mm"] = rois.rois.centroid_mm[chosen, axis]
-    for name in ("similarity", "margin", "rank", "confidence"):
+    for name in ("similarity", "margin", "confidence"):
         columns[name] = getattr(found, name)
+    columns["rank"] = np.arange(len(i), dtype=np.int32)
     return columns

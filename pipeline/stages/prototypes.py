@@ -132,7 +132,7 @@ def mean_prototype(store: EmbeddingStore, subject: str) -> npt.NDArray[np.float6
     """Mean prototype of a subject, [C]: what `pairs: knn` compares."""
     found = store.read_prototypes(subject)
     assert found is not None
-    return found[1]["prototypes"].mean(axis=0, dtype=np.float64)
+    return np.asarray(found[1]["prototypes"].mean(axis=0, dtype=np.float64))
 
 
 def _roi_rows(

@@ -38,5 +38,12 @@ def read_rois(store: EmbeddingStore, subject: str) -> SubjectRois:
         raise FileNotFoundError(f"no prototypes of subject {subject!r} in {store.root}")
     arrays = stored[1]
     geometry = store.read(subject).geometry
-    columns = (arrays[name] for name in ("prototypes", "slice", "centroid_mm", "area_mm2", "covariance_mm2"))
-    return SubjectRois(RoiSet(*columns, n_slices=geometry.shape[0]), arrays["roi"], geometry)
+    rois = RoiSet(
+        prototypes=arrays["prototypes"],
+        slice=arrays["slice"],
+        centroid_mm=arrays["centroid_mm"],
+        area_mm2=arrays["area_mm2"],
+        covariance_mm2=arrays["covariance_mm2"],
+        n_slices=geometry.shape[0],
+    )
+    return SubjectRois(rois, arrays["roi"], geometry)
