@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from pipeline import phantom
@@ -24,16 +25,10 @@ from storage.cohort import read_cohort
 from storage.images import read_image
 from storage.transforms import itk_to_ddf, read_transform
 
-COLUMNS = {
-    "dice_before": "Dice before",
-    "dice_affine": "affine",
-    "dice": "after",
-    "tre_mm_before": "TRE (mm) before",
-    "tre_mm_affine": "affine",
-    "tre_mm": "after",
-    "landmark_tre_mm_before": "landmarks (mm) before",
-    "landmark_tre_mm": "after",
-}
+STRIDE = 7  # of the voxels that the fields are compared at
+DICE = ("dice_before", "dice_affine", "dice")
+TRE = ("tre_mm_before", "tre_mm_affine", "tre_mm")
+TRE_PIXELS = ("tre_vox_before", "tre_vox_affine", "tre_vox")
 
 
 @dataclass(frozen=True)
@@ -78,9 +73,7 @@ def run_demo(
     cohort = phantom.make_cohort(out / "cohort", subjects, shape, seed)
     request = read_request(None, cohort, "all", overrides)
     study = out / "study"
-    summary = run_study(
-        request.config, request.cohort, study, request.pairs, request.unknown, reporter=reporter
-    )
+    summary = run_study(request.config, request.cohort, study, request.pairs, request.unknown, reporter=reporter)
     errors = field_errors(study, cohort)
     header = ("pair", "doing nothing", "fitted, mean", "fitted, 95th percentile")
     rows = [(pair, e.before_mm, e.mean_mm, e.p95_mm) for pair, e in errors.items()]
@@ -98,43 +91,56 @@ def field_errors(study: Path, cohort: Path) -> dict[str, FieldError]:
         truth = {role: phantom.read_warp(cohort, row[role]) for role in ("fixed", "moving")}
         transform = read_transform(folder.transform(row["pair"]))
         fitted = itk_to_ddf(transform.GetDisplacementField(), grids["fixed"], grids["moving"])
-        true = phantom.true_ddf(truth["moving"], truth["fixed"], grids["fixed"])
-        body = phantom.body_mask(truth["fixed"], grids["fixed"])
-        error = np.linalg.norm(fitted - true, axis=0)[body]
-        before = np.linalg.norm(true, axis=0)[body]
-        errors[row["pair"]] = FieldError(
-            float(before.mean()), float(error.mean()), float(np.percentile(error, 95))
-        )
+        points = phantom.positions(grids["fixed"])[phantom.body_mask(truth["fixed"], grids["fixed"])][::STRIDE]
+        true = truth["moving"].from_template(truth["fixed"].to_template(points)) - points
+        index = (points / grids["fixed"].spacing_mm).round().astype(int).T
+        error = np.linalg.norm(fitted[:, *index].T - true, axis=1)
+        before = np.linalg.norm(true, axis=1)
+        errors[row["pair"]] = FieldError(float(before.mean()), float(error.mean()), float(np.percentile(error, 95)))
     return errors
 
 
 def result_table(demo: Demo) -> Table:
-    """One line per pair and their mean, for the terminal."""
-    shown = Table(title="Result per pair", title_justify="left")
-    shown.add_column("pair", overflow="fold")
-    for title in (*COLUMNS.values(), "error to truth before", "after"):
-        shown.add_column(title, justify="right")
+    """One line per pair and their mean, for the terminal; each cell is before → (affine) → after."""
     rows = _mean_rows(demo.study)
-    values = [[row[column] for column in COLUMNS] for row in rows]
-    for line, row in zip(values, rows, strict=True):
-        found = demo.errors[row["pair"]]
-        line += [found.before_mm, found.mean_mm]
-        shown.add_row(row["pair"], *map(_shown, line))
+    physical = any(row["tre_mm"] is not None for row in rows)
+    unit, tre = ("mm", TRE) if physical else ("px", TRE_PIXELS)
+    shown = Table(title="before → affine → after; truth: error, before → after", title_justify="left", box=SIMPLE_HEAD)
+    shown.add_column("pair", overflow="fold")
+    for title in ("Dice", f"TRE ({unit})", f"truth ({unit})"):
+        shown.add_column(title, justify="right", no_wrap=True)
+    groups = [
+        (
+            [row[column] for column in DICE],
+            [row[column] for column in tre],
+            [demo.errors[row["pair"]].before_mm, demo.errors[row["pair"]].mean_mm],
+        )
+        for row in rows
+    ]
+    for row, cells in zip(rows, groups, strict=True):
+        shown.add_row(row["pair"], *_cells(cells))
     if rows:
         shown.add_section()
-        columns = [[v for v in column if v is not None] for column in zip(*values, strict=True)]
-        shown.add_row("mean", *(_shown(float(np.mean(column)) if column else None) for column in columns))
+        means = ([_mean(column) for column in zip(*cells, strict=True)] for cells in zip(*groups, strict=True))
+        shown.add_row("mean", *_cells(means))
     return shown
 
 
 def _mean_rows(study: Path) -> list[dict[str, Any]]:
     """Metrics rows that average over labels, by pair."""
     metrics = tables.read_table(study, "metrics")
-    rows: list[dict[str, Any]] = (
-        metrics.filter(pc.equal(metrics.column("label"), 0)).sort_by("pair").to_pylist()
-    )
+    rows: list[dict[str, Any]] = metrics.filter(pc.equal(metrics.column("label"), 0)).sort_by("pair").to_pylist()
     return rows
 
 
-def _shown(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _cells(groups: Iterable[Sequence[float | None]]) -> list[str]:
+    """Dice with two decimals, distances with one."""
+    return [
+        " → ".join("?" if value is None else f"{value:.{digits}f}" for value in values)
+        for digits, values in zip((2, 1, 1), groups, strict=True)
+    ]

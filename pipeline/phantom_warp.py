@@ -19,7 +19,7 @@ from storage.geometry import Geometry
 Array = npt.NDArray[np.float64]
 Triple = tuple[float, float, float]
 
-_STEPS = 8  # of the Runge-Kutta integration of the flow
+_STEPS = 4  # of the Runge-Kutta integration of the flow
 
 
 @dataclass(frozen=True)
