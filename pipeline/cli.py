@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+
+from pipeline import cli_demo, cli_report
 
 if TYPE_CHECKING:
     from pipeline.config import StudyConfig
@@ -124,9 +127,7 @@ def cohort_scan(
 ) -> None:
     """Write a cohort manifest for a folder, a BIDS dataset or a Learn2Reg dataset JSON."""
     with _errors_as_exit_codes(out):
-        from storage.scan import scan
-
-        from storage.cohort import write_cohort
+        from storage.cohort import scan, write_cohort
 
         found = scan(folder)
         write_cohort(found, out)
@@ -193,6 +194,17 @@ def _errors_as_exit_codes(out: Path | None) -> Iterator[None]:
         _stop(str(error), USAGE)
 
 
+def _mount(command: Callable[..., None]) -> None:
+    """Add a command whose function lies in another module, with the same treatment of errors."""
+
+    @functools.wraps(command)
+    def guarded(*arguments: Any, **options: Any) -> None:
+        with _errors_as_exit_codes(options.get("out") or options.get("study")):
+            command(*arguments, **options)
+
+    app.command()(guarded)
+
+
 def _stop(message: str, code: int) -> NoReturn:
     typer.echo(f"samreg: {message}", err=True)
     raise typer.Exit(code)
@@ -201,6 +213,10 @@ def _stop(message: str, code: int) -> NoReturn:
 def _terminate(signum: int, frame: object) -> NoReturn:
     """A scheduler's SIGTERM ends a run as Ctrl-C does."""
     raise KeyboardInterrupt
+
+
+_mount(cli_report.report)
+_mount(cli_demo.demo)
 
 
 def main() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 from pipeline.config import ConfigError, StudyConfig, load_config
 from pipeline.pairs import Mode
@@ -36,14 +36,22 @@ def read_request(config: Path | None, cohort: Path, pairs: str | None = None, ov
     Raises:
         ConfigError, CohortError, FileNotFoundError: naming the file and what is wrong.
     """
-    words = get_args(Mode)
-    if pairs in words:
-        overrides = [*overrides, f"pairs.mode={pairs}"]
-    settings = load_config(config, overrides)
+    return make_request(load_config(config, overrides), cohort, pairs)
+
+
+def make_request(config: StudyConfig, cohort: Path, pairs: str | None = None) -> Request:
+    """As `read_request`, with the configuration in hand.
+
+    Raises:
+        ConfigError, CohortError, FileNotFoundError: naming the file and what is wrong.
+    """
     found = read_cohort(cohort)
-    if pairs is None or pairs in words:
-        if settings.pairs.mode == "list":
-            raise ConfigError("pairs is 'list', which needs a pairs file: add --pairs FILE")
-        return Request(settings, found, None, ())
-    listed, unknown = read_pairs(pairs, found)
-    return Request(settings, found, listed, tuple(unknown))
+    if pairs in get_args(Mode):
+        config = config.model_copy(update={"pairs": replace(config.pairs, mode=cast(Mode, pairs))})
+        pairs = None
+    if pairs is not None:
+        listed, unknown = read_pairs(pairs, found)
+        return Request(config, found, listed, tuple(unknown))
+    if config.pairs.mode == "list":
+        raise ConfigError("pairs is 'list', which needs a pairs file: add --pairs FILE")
+    return Request(config, found, None, ())

@@ -85,7 +85,7 @@ def environment() -> dict[str, str]:
 def samreg(*arguments: str | Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
     return subprocess.run(
-        command(*arguments), env=environment(), capture_output=True, text=True, timeout=timeout, check=False
+        command(*arguments), env=environment(), capture_output=True, encoding="utf-8", timeout=timeout, check=False
     )
 
 

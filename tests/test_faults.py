@@ -53,7 +53,7 @@ def _start(cohort: Path, out: Path, *more: str) -> subprocess.Popen[str]:
         phantoms.command(*_arguments(cohort, out, *more)),
         env=phantoms.environment(),
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         start_new_session=True,
     )
 
@@ -170,7 +170,7 @@ def test_files_that_cannot_grow_stop_the_run(cohort: Path, undisturbed: dict[str
         env=phantoms.environment(),
         preexec_fn=_limit_file_size,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=False,
     )
     assert stopped.returncode == 1, stopped.stderr

@@ -105,6 +105,8 @@ def _pool_slices(
         masks = embedding.masks(here)
         spacing = embedding.geometry.spacing_mm
         kept = filter_rois(masks, embedding.quality[here], embedding.stability[here], spacing, rois)
+        if not len(kept):
+            continue
         features = np.asarray(embedding.features[int(z)], dtype=np.float32)
         values, valid = pool(features, masks[kept], embedding.extent, embedding.layout, config)
         rows.append(here[kept][valid])
