@@ -23,8 +23,8 @@ from pipeline.algorithms.ddf import FitConfig
 from pipeline.algorithms.matching import MatchConfig
 from pipeline.algorithms.prototypes import PrototypeConfig
 from pipeline.algorithms.rois import RoiConfig
-from pipeline.dispatch import ExecutionConfig
 from pipeline.errors import UsageError
+from pipeline.execution import ExecutionConfig
 from pipeline.pairs import PairsConfig
 from pipeline.presets import PRESETS
 

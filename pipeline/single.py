@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-call"
 """One pair through the whole study: what a notebook calls."""
 
 from __future__ import annotations

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import yaml
 
+from actors.build import SamSettings
 from pipeline.config import ConfigError, StudyConfig, load_config, make_config
 from pipeline.presets import PRESETS
 
@@ -82,3 +84,12 @@ def test_a_bad_file_is_refused(tmp_path: Path, content: str | None, message: str
         path.write_text(content)
     with pytest.raises(ConfigError, match=message):
         load_config(path)
+
+
+def test_the_sam_settings_are_those_of_the_backend() -> None:
+    from actors.sam import SamConfig
+
+    theirs = {field.name: field.default for field in dataclasses.fields(SamConfig)}
+    ours = {field.name: field.default for field in dataclasses.fields(SamSettings)}
+    assert {**ours, "device": "cpu"} == {**theirs, "name": "sam"}
+    assert SamSettings(variant="medsam").on_device("cuda") == SamConfig(variant="medsam", device="cuda")

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from pipeline.dispatch import (
-    ExecutionConfig,
     ExecutionError,
     Failure,
     RayExecutor,
@@ -23,6 +22,7 @@ from pipeline.dispatch import (
     attempt,
     open_executor,
 )
+from pipeline.execution import ExecutionConfig
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,10 @@ def test_a_full_disk_stops_the_run(cohort: Path, undisturbed: dict[str, Any], sm
     assert phantoms.study_tables(out) == undisturbed
 
 
+def _file_of(name: str) -> str:
+    return f"{name}.mha" if name in ("nan", "infinite") else f"{name}.nii.gz"
+
+
 def _bad_cohort(folder: Path) -> Path:
     """Two good subjects, and one of each kind of bad input."""
     manifest = phantoms.write_cohort(folder, ("good", "also_good"))
@@ -214,20 +218,20 @@ def _bad_cohort(folder: Path) -> Path:
     (folder / "empty.nii.gz").write_bytes(b"")
     (folder / "text.nii.gz").write_text("not an image")
     phantoms.write_volume(folder / "constant.nii.gz", np.full_like(image, 7))
-    phantoms.write_volume(folder / "nan.nii.gz", np.where(labels == 1, np.nan, image))
-    phantoms.write_volume(folder / "infinite.nii.gz", np.where(labels == 1, np.inf, image))
-    phantoms.write_volume(folder / "nan_mha.mha", np.where(labels == 1, np.nan, image))
+    phantoms.write_volume(folder / "nan.mha", np.where(labels == 1, np.nan, image))
+    phantoms.write_volume(folder / "infinite.mha", np.where(labels == 1, np.inf, image))
     sitk.WriteImage(sitk.JoinSeries([sitk.GetImageFromArray(image)] * 2), str(folder / "four_d.nii.gz"))
     phantoms.write_volume(folder / "other_grid_gt.nii.gz", labels[:, :40, :40])
-    ramp = np.broadcast_to(np.arange(48, dtype=np.float32) % 2, image.shape)
-    phantoms.write_volume(folder / "no_roi.nii.gz", np.ascontiguousarray(ramp))
+    edge = np.zeros_like(image)
+    edge[:, :, 24:] = 100
+    phantoms.write_volume(folder / "no_roi.nii.gz", edge)
     rows = [
         {"subject": "good", "image": "0.nii.gz", "label": "0_gt.nii.gz"},
         {"subject": "also_good", "image": "1.nii.gz", "label": "1_gt.nii.gz"},
         {"subject": "other_grid", "image": "1.nii.gz", "label": "other_grid_gt.nii.gz"},
     ]
     bad = ("truncated", "empty", "text", "constant", "nan", "infinite", "four_d", "no_roi", "missing")
-    rows += [{"subject": name, "image": f"{name}.nii.gz", "label": ""} for name in bad]
+    rows += [{"subject": name, "image": _file_of(name), "label": ""} for name in bad]
     return phantoms.write_csv(manifest, rows)
 
 
@@ -258,7 +262,7 @@ def test_bad_inputs_fail_alone_with_a_clear_reason(tmp_path: Path) -> None:
     by_subject = {row["subject"]: row for row in failures if row["pair"] is None}
     assert {name: (row["stage"], row["error"]) for name, row in by_subject.items()} == EXPECTED
     for name in ("truncated", "empty", "text", "constant", "nan", "infinite", "four_d", "missing"):
-        assert f"{name}.nii.gz" in by_subject[name]["message"]
+        assert _file_of(name) in by_subject[name]["message"]
     by_pair = {row["pair"]: row for row in failures if row["pair"] is not None}
     assert len(by_pair) == len(EXPECTED) + 2
     assert by_pair["never_heard_of__good"]["error"] == "UnknownSubject"

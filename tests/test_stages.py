@@ -83,7 +83,7 @@ def test_a_label_in_one_map_only_counts_zero_but_not_in_the_mean() -> None:
 def test_landmarks_follow_the_pull_back_field() -> None:
     points = np.array([[4.0, 10.0, 8.0], [8.0, 20.0, 10.0]])
     fixed = Reference(_geometry(), None, points)
-    moving = Reference(_geometry(), None, points + [0.0, 3.0, 4.0])
+    moving = Reference(_geometry(), None, points + np.array([0.0, 3.0, 4.0]))
     (row,) = evaluate(fixed, moving, _fit(_translation(0, 3, 4)))
     assert row["landmark_tre_mm_before"] == pytest.approx(5.0)
     assert row["landmark_tre_vox_before"] == pytest.approx(np.hypot(1.5, 4.0))

@@ -1,0 +1,41 @@
+"""Where and how wide a study runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """Where and how wide the study runs; nothing here changes a result.
+
+    Attributes:
+        executor: `ray`, `serial` (this process), or `auto`: Ray once a stage has more than one unit to run.
+        workers: worker processes; None takes every core this process (or the cluster) has.
+        device: `cuda`, `cpu`, or `auto`: a GPU if there is one and the backend uses it.
+        gpu_fraction: share of a GPU that one encoding worker takes (0.25: four workers on a GPU).
+        encode_workers: encoding workers; None takes one per GPU share, or `workers` without a GPU.
+        threads: numerical threads per worker.
+        tile: subjects along each side of a tile of pairs, the unit of matching.
+        keep: `features` keeps feature maps for later re-pooling; `prototypes` drops them once pooled.
+        attempts: how often a unit may lose its worker before it is blamed.
+    """
+
+    executor: Literal["auto", "ray", "serial"] = "auto"
+    workers: int | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    gpu_fraction: float = 1.0
+    encode_workers: int | None = None
+    threads: int = 1
+    tile: int = 16
+    keep: Literal["features", "prototypes"] = "features"
+    attempts: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("workers", "encode_workers", "threads", "tile", "attempts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"execution.{name} is {value}; it must be 1 or more")
+        if not 0 < self.gpu_fraction <= 1:
+            raise ValueError(f"execution.gpu_fraction is {self.gpu_fraction}; it must be in (0, 1]")
