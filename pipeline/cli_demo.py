@@ -28,9 +28,7 @@ def demo(
     console.print(f"making {subjects} subjects with known deformations in {out / 'cohort'}")
     done = run_demo(out, subjects, (depth, size, size), seed, overrides or [], Reporter(Console(stderr=True)))
     console.print(result_table(done))
-    console.print(
-        f"{done.summary.seconds:.1f} s; report with pictures: {done.report.resolve()}", soft_wrap=True
-    )
+    console.print(f"{done.summary.seconds:.1f} s; report with pictures: {done.report.resolve()}", soft_wrap=True)
     if done.summary.n_failures:
         console.print(f"{done.summary.n_failures} failures, see samreg status {done.study}")
         raise typer.Exit(1)

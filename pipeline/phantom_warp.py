@@ -101,9 +101,7 @@ class SubjectWarp:
         return points
 
 
-def draw_warp(
-    geometry: Geometry, variation: Variation, generator: np.random.Generator, bumps: int = 6
-) -> SubjectWarp:
+def draw_warp(geometry: Geometry, variation: Variation, generator: np.random.Generator, bumps: int = 6) -> SubjectWarp:
     """A random subject. In 2D nothing moves through the plane."""
     half = half_extent(geometry)
     planar = np.array([0.0 if geometry.shape[0] == 1 else 1.0, 1.0, 1.0])

@@ -41,9 +41,7 @@ _PAIR_COLUMNS = {
 }
 
 
-def write_report(
-    study: str | Path, cohort: str | Path | None = None, extra: Sequence[tuple[str, Html]] = ()
-) -> Path:
+def write_report(study: str | Path, cohort: str | Path | None = None, extra: Sequence[tuple[str, Html]] = ()) -> Path:
     """Write `study/report/index.html` and its figures.
 
     Args:
@@ -81,9 +79,7 @@ def write_report(
 
 
 def _intro(data: ReportData) -> Html:
-    state = (
-        "complete" if data.status.complete else "not complete: something failed or is missing, see Failures"
-    )
+    state = "complete" if data.status.complete else "not complete: something failed or is missing, see Failures"
     return element("p", f"samreg study, {state}.", class_="soft")
 
 
@@ -97,9 +93,7 @@ def _summary(data: ReportData) -> Html:
         ("ROI pairs", data.correspondences.num_rows),
     ]
     if data.count("dice"):
-        numbers.append(
-            ("Dice, mean: before, affine, after", _arrow(data, list(DICE.values()), skip="dice_centered"))
-        )
+        numbers.append(("Dice, mean: before, affine, after", _arrow(data, list(DICE.values()), skip="dice_centered")))
     prefix, unit, meaning = data.distance
     if data.count(prefix):
         columns = [prefix + ending for ending in TRE_STAGES.values()]
@@ -117,32 +111,40 @@ def _arrow(data: ReportData, columns: Sequence[str], skip: str = "") -> str:
 
 
 def _metrics(data: ReportData, folder: Path) -> Html:
-    prefix, unit, meaning = data.distance
-    columns = {f"Dice {stage}": column for stage, column in DICE.items()}
-    columns |= {f"TRE {stage} ({unit})": prefix + ending for stage, ending in TRE_STAGES.items()}
-    columns |= {"HD95 before (mm)": "hd95_mm_before", "HD95 after (mm)": "hd95_mm"}
+    columns = _metric_columns(data)
     rows: list[list[object]] = []
     for label in [0, *data.labels]:
-        found = [summarise(data.values(column, label)) for column in columns.values()]
-        if label and not any(found):
-            continue
+        found = {name: summarise(data.values(column, label)) for name, column in columns.items()}
+        means = [None if s is None or (label and "landmarks" in name) else s[0] for name, s in found.items()]
         lowest = summarise(data.values("dice", label))
-        name = "mean over labels" if label == 0 else str(label)
-        rows.append([name, *(s and s[0] for s in found), lowest and lowest[2]])
+        rows.append(["mean over labels" if label == 0 else str(label), *means, lowest and lowest[2]])
     caption = (
-        f"Mean over {data.means.num_rows} pairs. TRE: {meaning}. Empty: no labels, landmarks or spacing."
+        f"Mean over {data.means.num_rows} pairs. TRE: distance of the label centroids. "
+        "Empty: no labels, landmarks or spacing."
     )
     parts = [table("metrics-table", caption, ["label", *columns, "lowest Dice after"], rows)]
     drawn = figures.distributions(data)
     alt = f"Distributions over {data.means.num_rows} pairs. {_spoken(data)}"
-    parts.append(
-        _figure(folder, "distributions", drawn, alt, "Boxes: median and middle half. Points: pairs.")
-    )
+    parts.append(_figure(folder, "distributions", drawn, alt, "Boxes: median and middle half. Points: pairs."))
     if data.labels:
         alt = f"Dice of labels {', '.join(map(str, data.labels))}: before, centred, affine and after."
         drawn = figures.dice_by_label(data)
         parts.append(_figure(folder, "dice_by_label", drawn, alt, "Median and middle half over the pairs."))
     return section("Metrics", *parts)
+
+
+def _metric_columns(data: ReportData) -> dict[str, str]:
+    """Title and column of the metrics table; voxels only where nothing has a spacing."""
+    unit, ending = ("voxel", "vox") if data.count("tre_vox") and not data.count("tre_mm") else ("mm", "mm")
+    columns = {f"Dice {stage}": column for stage, column in DICE.items()}
+    columns |= {f"TRE {stage} ({unit})": f"tre_{ending}{suffix}" for stage, suffix in TRE_STAGES.items()}
+    if data.count("landmark_tre_vox"):
+        columns |= {
+            f"landmarks {stage} ({unit})": f"landmark_tre_{ending}{suffix}" for stage, suffix in TRE_STAGES.items()
+        }
+    if ending == "vox":
+        return columns | {"HD95 after (voxel)": "hd95_vox"}
+    return columns | {"HD95 before (mm)": "hd95_mm_before", "HD95 after (mm)": "hd95_mm"}
 
 
 def _spoken(data: ReportData) -> str:
@@ -164,9 +166,7 @@ def _pairs(data: ReportData, folder: Path) -> Html:
     columns = _PAIR_COLUMNS | {f"{prefix}_before": f"TRE before ({unit})", prefix: f"TRE after ({unit})"}
     shown = [[row["pair"], *(row[column] for column in columns)] for row in data.pair_rows()[:PAIRS_SHOWN]]
     total = data.means.num_rows
-    caption = f"{len(shown)} of {total} pairs, worst first" + (
-        "; all are in metrics/" if len(shown) < total else ""
-    )
+    caption = f"{len(shown)} of {total} pairs, worst first" + ("; all are in metrics/" if len(shown) < total else "")
     parts.append(table("pairs-table", caption, ["pair", *columns.values()], shown))
     return section("Pairs", *parts)
 
@@ -176,14 +176,8 @@ def _pair_figure(data: ReportData, folder: Path, role: str, row: Row) -> Html:
         view = read_pair_view(data, row["pair"])
     except NoPictureError as error:
         return element("p", f"No picture: {error}")
-    dice = (
-        f" Dice {_shown(row['dice_before'])} before, {_shown(row['dice'])} after."
-        if row["dice"] is not None
-        else ""
-    )
-    lines = (
-        " Lines on the moved image: labels of the fixed (solid blue) and of the moved image (dashed orange)."
-    )
+    dice = f" Dice {_shown(row['dice_before'])} before, {_shown(row['dice'])} after." if row["dice"] is not None else ""
+    lines = " Lines on the moved image: labels of the fixed (solid blue) and of the moved image (dashed orange)."
     caption = (
         f"{row['moving']} onto {row['fixed']}.{dice} {len(view.rois)} of {row['n_rois']} matched ROI pairs, "
         f"same colour and number in both.{lines if view.moved_labels is not None else ''}"

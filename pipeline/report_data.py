@@ -136,9 +136,7 @@ def read_report_data(study: str | Path, cohort: str | Path | None = None) -> Rep
     status = read_status(root)
     folder = StudyFolder(root)
     stored = {name: tables.read_table(root, name) for name in tables.SCHEMAS}
-    return ReportData(
-        root, folder.read_run() or {}, status, subjects=_read_subjects(folder, cohort), **stored
-    )
+    return ReportData(root, folder.read_run() or {}, status, subjects=_read_subjects(folder, cohort), **stored)
 
 
 def summarise(values: Values) -> tuple[float, float, float, float] | None:

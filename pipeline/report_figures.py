@@ -35,9 +35,7 @@ def distributions(data: ReportData) -> bytes:
     tre = {stage: data.values(prefix + ending) for stage, ending in TRE_STAGES.items()}
     _stages(axes[1], tre, f"{meaning} ({unit})")
     axes[1].set_ylim(bottom=0)
-    similarity = np.asarray(
-        data.correspondences.column("similarity").drop_null().to_numpy(), dtype=np.float64
-    )
+    similarity = np.asarray(data.correspondences.column("similarity").drop_null().to_numpy(), dtype=np.float64)
     _histogram(axes[2], similarity, "similarity of matched ROIs", "ROI pairs")
     _histogram(axes[3], 100 * data.values("fold_fraction"), "folded voxels (%)", "pairs")
     _histogram(axes[4], data.values("sdlogj"), "SD of log Jacobian", "pairs")
@@ -52,9 +50,7 @@ def dice_by_label(data: ReportData) -> bytes:
     axes = figure.subplots()
     for offset, (stage, column) in zip((-0.27, -0.09, 0.09, 0.27), DICE.items(), strict=True):
         found = [(i, data.values(column, label)) for i, label in enumerate(labels)]
-        quartiles = np.array([(i, *np.percentile(v, (25, 50, 75))) for i, v in found if len(v)]).reshape(
-            -1, 4
-        )
+        quartiles = np.array([(i, *np.percentile(v, (25, 50, 75))) for i, v in found if len(v)]).reshape(-1, 4)
         x, low, middle, high = quartiles.T
         bars = [middle - low, high - middle]
         axes.errorbar(
@@ -122,9 +118,7 @@ def _grey(axes: Axes, image: npt.NDArray[np.float32], aspect: float, title: str)
 
 def _outline(axes: Axes, mask: npt.NDArray[np.bool_], number: int) -> None:
     colour = OKABE_ITO[number % len(OKABE_ITO)]
-    axes.contour(
-        np.pad(mask, 1).astype(float), [0.5], colors=[colour], linewidths=1.6, extent=_padded(mask.shape)
-    )
+    axes.contour(np.pad(mask, 1).astype(float), [0.5], colors=[colour], linewidths=1.6, extent=_padded(mask.shape))
     y, x = (float(index.mean()) for index in np.nonzero(mask))
     box = {"facecolor": colour, "pad": 1.0, "linewidth": 0}
     ink = "white" if colour in _DARK else "black"
@@ -140,9 +134,7 @@ def _label_lines(axes: Axes, labels: npt.NDArray[np.int32] | None, colour: str, 
     if labels is None:
         return
     for value in np.unique(labels[labels > 0]):
-        axes.contour(
-            (labels == value).astype(float), [0.5], colors=[colour], linewidths=1.4, linestyles=[style]
-        )
+        axes.contour((labels == value).astype(float), [0.5], colors=[colour], linewidths=1.4, linestyles=[style])
 
 
 def _stages(axes: Axes, values: Mapping[str, Values], title: str) -> None:
@@ -173,9 +165,7 @@ def _histogram(axes: Axes, values: Values, title: str, counted: str) -> None:
     low, high = float(values.min()), float(values.max())
     if high - low < 1e-9:
         low, high = low - 0.5, high + 0.5
-    axes.hist(
-        values, bins=min(40, max(8, int(len(values) ** 0.5))), range=(low, high), color=_BLUE, alpha=0.85
-    )
+    axes.hist(values, bins=min(40, max(8, int(len(values) ** 0.5))), range=(low, high), color=_BLUE, alpha=0.85)
     axes.set_ylabel(counted)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 

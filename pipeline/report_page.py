@@ -42,7 +42,7 @@ outline:3px solid #56b4e9;outline-offset:1px}
 table{border-collapse:collapse;min-width:40%;font-size:.875rem}
 caption{text-align:left;padding:.3rem .6rem;color:var(--soft)}
 th,td{padding:.25rem .6rem;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
-td{overflow-wrap:anywhere;min-width:6rem;max-width:34rem}
+td{overflow-wrap:anywhere;min-width:6rem;max-width:34rem}td:first-child{min-width:9rem}
 .n{text-align:right;font-variant-numeric:tabular-nums}td.n{min-width:4rem;white-space:nowrap}
 thead th{position:sticky;top:0;background:var(--card)}
 th button{all:unset;cursor:pointer;font-weight:600}th button::after{content:" \\2195";color:var(--soft)}
@@ -54,7 +54,7 @@ figcaption{font-size:.9rem;color:var(--soft)}pre{overflow-x:auto;background:var(
 label.filter{display:block;margin:.4rem 0}
 @media print{:root{color-scheme:light;--bg:#fff;--fg:#000;--soft:#333;--line:#999;--card:#fff;--link:#000}
 nav,.filter{display:none!important}.scroll{max-height:none;overflow:visible;border:0}body{max-width:none;padding:0}
-thead th{position:static}table{width:100%;font-size:.65rem}td,td.n{min-width:0}
+thead th{position:static}table{width:100%;font-size:.65rem}td,td.n,td:first-child{min-width:0}
 th,td{padding:.15rem .3rem}figure,tr,.cards li{break-inside:avoid}h2,h3{break-after:avoid}
 th button::after{content:""!important}}
 """
@@ -122,9 +122,7 @@ def anchor(title: str) -> str:
 
 def cards(values: Iterable[tuple[str, object]]) -> Html:
     """Key numbers: (caption, value)."""
-    items = [
-        element("li", element("b", value), element("span", name, class_="soft")) for name, value in values
-    ]
+    items = [element("li", element("b", value), element("span", name, class_="soft")) for name, value in values]
     return element("ul", *items, class_="cards")
 
 

@@ -73,9 +73,7 @@ def read_pair_view(data: ReportData, pair: str) -> PairView:
     try:
         fixed_subject, moving_subject = data.subjects[row["fixed"]], data.subjects[row["moving"]]
     except KeyError as error:
-        raise NoPictureError(
-            f"the images of subject {error} are not known; give the manifest with --cohort"
-        ) from None
+        raise NoPictureError(f"the images of subject {error} are not known; give the manifest with --cohort") from None
     folder = StudyFolder(data.root)
     store = EmbeddingStore(folder.embeddings)
     try:
@@ -95,10 +93,14 @@ def read_pair_view(data: ReportData, pair: str) -> PairView:
 def choose_slices(
     matches: list[dict[str, Any]], fixed: Geometry, moving: Geometry
 ) -> tuple[int, int, list[dict[str, Any]]]:
-    """(fixed slice, moving slice, their first matches): the slices that share most, else the middle ones."""
+    """(fixed slice, moving slice, their first matches): those of the middle half that share most.
+
+    Without matches there, any slices; without any, the middle ones. End slices often match by background alone.
+    """
     if not matches:
         return fixed.shape[0] // 2, moving.shape[0] // 2, []
-    shared = Counter((m["fixed_slice"], m["moving_slice"]) for m in matches)
+    middle = [m for m in matches if abs(m["fixed_slice"] - (fixed.shape[0] - 1) / 2) <= fixed.shape[0] / 4]
+    shared = Counter((m["fixed_slice"], m["moving_slice"]) for m in middle or matches)
     z, w = min(shared, key=lambda slices: (-shared[slices], slices))
     here = [m for m in matches if (m["fixed_slice"], m["moving_slice"]) == (z, w)]
     return z, w, sorted(here, key=lambda m: m["rank"])[:SHOWN_ROIS]

@@ -69,9 +69,7 @@ def _encode(folder: StudyFolder, subject: Subject) -> list[tuple[int, int]]:
     return rois
 
 
-def _write_rows(
-    folder: StudyFolder, moving: Subject, fixed: Subject, rois: dict[str, Any], quality: float
-) -> None:
+def _write_rows(folder: StudyFolder, moving: Subject, fixed: Subject, rois: dict[str, Any], quality: float) -> None:
     pair = _name(moving, fixed)
     names = {"pair": pair, "moving": moving.subject, "fixed": fixed.subject, "key": "k"}
     here, there = rois[fixed.subject], rois[moving.subject]
@@ -89,9 +87,7 @@ def _write_rows(
         }
         for rank, roi in enumerate(both)
     ]
-    tables.write_part(
-        folder.root, "correspondences", pair, tables.table_from_rows("correspondences", matches)
-    )
+    tables.write_part(folder.root, "correspondences", pair, tables.table_from_rows("correspondences", matches))
     dice = {"dice_before": 0.5, "dice_centered": 0.55, "dice_affine": 0.7, "dice": quality}
     tre = {"tre_mm_before": 6.0, "tre_mm_affine": 3.0, "tre_mm": 1.0}
     fit = {
@@ -103,8 +99,7 @@ def _write_rows(
         "flag": "",
     }
     rows = [
-        {**names, "label": label, **dice, **tre, **fit, "seconds_match": 0.01, "seconds_fit": 0.5}
-        for label in range(3)
+        {**names, "label": label, **dice, **tre, **fit, "seconds_match": 0.01, "seconds_fit": 0.5} for label in range(3)
     ]
     tables.write_part(folder.root, "metrics", pair, tables.table_from_rows("metrics", rows))
 
@@ -125,9 +120,7 @@ def _write_records(folder: StudyFolder, subjects: list[Subject], pairs: list[str
     tables.write_part(folder.root, "runs", "r1", tables.table_from_rows("runs", [run]))
     (folder.root / "run.yaml").write_text(yaml.safe_dump({"config": {}, "versions": {"python": "3"}}))
     plan = {
-        "subjects": {
-            s.subject: {"encode": digest({"s": 1}), "prototypes": digest({"p": 1})} for s in subjects
-        },
+        "subjects": {s.subject: {"encode": digest({"s": 1}), "prototypes": digest({"p": 1})} for s in subjects},
         "pairs": {pair: {"match": "k", "fit": "k"} for pair in [*pairs, failed]},
         "manifest": {s.subject: {k: v for k, v in asdict(s).items() if k != "subject"} for s in subjects},
     }

@@ -101,9 +101,7 @@ def test_a_cohort_is_reproducible_and_a_prefix_of_a_larger_one(tmp_path: Path) -
     ]
     np.testing.assert_array_equal(*arrays)
     other = phantom.make_cohort(tmp_path / "other", subjects=1, shape=(3, 48, 48), seed=6)
-    assert phantom.read_warp(other, "subject-01") != phantom.read_warp(
-        tmp_path / "large" / "cohort.csv", "subject-01"
-    )
+    assert phantom.read_warp(other, "subject-01") != phantom.read_warp(tmp_path / "large" / "cohort.csv", "subject-01")
 
 
 def test_impossible_requests_are_refused(tmp_path: Path) -> None:

@@ -69,10 +69,7 @@ def test_every_picture_is_inside_the_page_and_beside_it(study: Path, page: _Page
 
 def test_nothing_outside_the_page_is_referred_to(page: _Page) -> None:
     references = [
-        value or ""
-        for _, attributes in page.tags
-        for name, value in attributes.items()
-        if name in ("src", "href")
+        value or "" for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href")
     ]
     assert references
     assert all(value.startswith(("data:", "#")) for value in references)
@@ -148,8 +145,7 @@ def test_roles_are_different_pairs() -> None:
 def test_the_slices_that_share_most_matches_are_shown() -> None:
     grid = Geometry((9, 8, 8), (1.0, 1.0, 1.0))
     matches = [
-        {"fixed_slice": z, "moving_slice": w, "rank": rank}
-        for rank, (z, w) in enumerate([(1, 2), (3, 3), (3, 3)])
+        {"fixed_slice": z, "moving_slice": w, "rank": rank} for rank, (z, w) in enumerate([(1, 2), (3, 3), (3, 3)])
     ]
     assert choose_slices(matches, grid, grid)[:2] == (3, 3)
     assert [m["rank"] for m in choose_slices(matches[::-1], grid, grid)[2]] == [1, 2]
@@ -177,9 +173,7 @@ async def _drive(page: Path, commands: list[str], profile: Path) -> tuple[list[A
     """Results of JavaScript expressions on the page in headless Chromium, and what it complained about."""
     assert CHROMIUM is not None
     arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "about:blank"]
-    browser = subprocess.Popen(
-        [CHROMIUM, f"--user-data-dir={profile}", *arguments], stderr=subprocess.DEVNULL
-    )
+    browser = subprocess.Popen([CHROMIUM, f"--user-data-dir={profile}", *arguments], stderr=subprocess.DEVNULL)
     try:
         port_file = profile / "DevToolsActivePort"
         for _ in range(300):
