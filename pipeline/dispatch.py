@@ -16,9 +16,10 @@ import logging
 import os
 import resource
 import sys
+import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("samreg")
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+RAY_START_SECONDS = 8.0  # ray.init and the first import in its workers, on two cores
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 NO_GPU = "execution.device is cuda but there is no GPU here; set it to cpu or auto"
@@ -145,12 +147,11 @@ class SerialExecutor(AbstractContextManager["SerialExecutor"]):
         self.config = config
         self.workers = 1
 
-    def map_units(self, task: Task, units: Sequence[Any]) -> Iterator[tuple[Any, Any | Failure]]:
+    def map_units(self, task: Task, units: Iterable[Any]) -> Iterator[tuple[Any, Any | Failure]]:
         """Run `units` in order."""
         token = f"{task.name}-{id(task)}"
-        device = self._device(task) if units else "cpu"
         for unit in units:
-            yield unit, run_in_worker(task, token, device, self.config.threads, unit, 1)
+            yield unit, run_in_worker(task, token, self._device(task), self.config.threads, unit, 1)
         _built.pop(token, None)
 
     def peak_memory_bytes(self) -> int | None:
@@ -190,11 +191,25 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
 
     def map_units(self, task: Task, units: Sequence[Any]) -> Iterator[tuple[Any, Any | Failure]]:
         """Run `units` on the workers."""
-        units = list(units)
-        alone = self.config.executor == "auto" and len(units) == 1
-        if not units or (alone and not self._started):
-            yield from self._serial.map_units(task, units)
+        waiting = deque(units)
+        if self.config.executor == "auto" and not self._started and "RAY_ADDRESS" not in os.environ:
+            yield from self._serial.map_units(task, self._while_cheap(task, waiting))
+        if waiting:
+            yield from self._map_on_ray(task, waiting)
+
+    def _while_cheap(self, task: Task, waiting: deque[Any]) -> Iterator[Any]:
+        """Units to run here: until the rest, at the pace so far, would gain more from Ray than its start costs."""
+        start, count = time.perf_counter(), len(waiting)
+        if task.uses_gpu and count > 1:
             return
+        while waiting:
+            done = count - len(waiting)
+            rest = (time.perf_counter() - start) / max(1, done) * len(waiting)
+            if done and rest * (1 - 1 / min(self.workers, len(waiting))) > RAY_START_SECONDS:
+                return
+            yield waiting.popleft()
+
+    def _map_on_ray(self, task: Task, units: Collection[Any]) -> Iterator[tuple[Any, Any | Failure]]:
         self._start_ray()
         self._task_number += 1
         device, count = self._place(task)

@@ -11,7 +11,9 @@ class ExecutionConfig:
     """Where and how wide the study runs; nothing here changes a result.
 
     Attributes:
-        executor: `ray`, `serial` (this process), or `auto`: Ray once a stage has more than one unit to run.
+        executor: `ray`, `serial` (this process), or `auto`: this process first, Ray as soon as a stage has so much
+            left that starting it pays, or at once where RAY_ADDRESS names a cluster or a GPU is of use. Choose
+            `ray` where a backend may crash: only a process of its own keeps the study going.
         workers: worker processes; None takes every core this process (or the cluster) has.
         device: `cuda`, `cpu`, or `auto`: a GPU if there is one and the backend uses it.
         gpu_fraction: share of a GPU that one encoding worker takes (0.25: four workers on a GPU).

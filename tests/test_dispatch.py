@@ -92,11 +92,22 @@ def test_a_full_disk_is_told_from_a_fault_of_the_unit() -> None:
     assert failure.disk_full
 
 
-def test_auto_does_not_start_ray_for_one_unit(monkeypatch: pytest.MonkeyPatch) -> None:
-    executor = RayExecutor(ExecutionConfig(executor="auto"))
-    monkeypatch.setattr(executor, "_start_ray", lambda: pytest.fail("Ray was started"))
-    assert [result for _, result in executor.map_units(Task("square", _build_square), [Number(2)])] == [4]
+def test_auto_does_not_start_ray_for_little_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    executor = RayExecutor(ExecutionConfig(executor="auto", workers=2))
+    monkeypatch.setattr(executor, "_map_on_ray", lambda task, units: pytest.fail("Ray was started"))
+    outcomes = list(executor.map_units(Task("square", _build_square), UNITS))
+    assert [unit.value for unit, _ in outcomes] == [0, 1, 2, 3, 4, 5]
     assert list(executor.map_units(Task("square", _build_square), [])) == []
+
+
+def test_auto_hands_the_rest_to_ray_when_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("pipeline.dispatch.RAY_START_SECONDS", 0.0)
+    executor = RayExecutor(ExecutionConfig(executor="auto", workers=2))
+    monkeypatch.setattr(executor, "_map_on_ray", lambda task, units: ((unit, "ray") for unit in units))
+    outcomes = {unit.value: outcome for unit, outcome in executor.map_units(Task("square", _build_square), UNITS)}
+    assert outcomes == {0: 0, 1: "ray", 2: "ray", 3: "ray", 4: "ray", 5: "ray"}
 
 
 @pytest.mark.parametrize(("name", "kind"), [("serial", SerialExecutor), ("ray", RayExecutor), ("auto", RayExecutor)])
