@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Run or resume a study on a Ray cluster and wait for it. Every argument goes to `samreg run`:
 #   RAY_ADDRESS=http://head:8265 deploy/submit.sh configs/cardiac.yaml --cohort /data/cohort.csv --out /data/study
+# REMOTE_PYTHON names the Python of the nodes that has the packages (default: python).
 # Exit code 0 when the job succeeded. Paths are seen from the cluster: absolute, on storage every node mounts.
 set -euo pipefail
 : "${RAY_ADDRESS:?set RAY_ADDRESS to the dashboard of the cluster, for example http://head-node:8265}"
@@ -28,4 +29,4 @@ trap 'rm -rf "$stage"' EXIT
 cp -R "$repository"/{pipeline,actors,storage,configs} "$repository"/{samreg.py,pyproject.toml} "$stage"/
 find "$stage" -name __pycache__ -type d -prune -exec rm -rf {} +
 "$ray_command" job submit --address "$RAY_ADDRESS" --working-dir "$stage" -- \
-  python -m pipeline.cli run "$@" --executor ray
+  "${REMOTE_PYTHON:-python}" -m pipeline.cli run "$@" --executor ray
