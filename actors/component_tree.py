@@ -24,8 +24,8 @@ _SCALES = (1.0, 4.0, 12.0)
 _GRADIENT_SCALE = 1.5
 _INTENSITY_BINS = 8
 _GRADIENT_BINS = 4
-_POSITION_BINS = 12
-_FINE_GRID = 128
+_POSITION_BINS = 8
+_FINE_GRID = 64
 
 Float = npt.NDArray[np.float32]
 
@@ -66,7 +66,7 @@ class ComponentTree:
         self.signature: dict[str, Any] = {**asdict(config), "version": VERSION}
 
     def encode(self, slices: npt.NDArray[np.uint8]) -> Features:
-        """Features of uint8 [B, H, W, 3] slices on a grid of at most 128 cells along the longer side."""
+        """Features of uint8 [B, H, W, 3] slices on a grid of about 64 cells along the longer side."""
         height, width = slices.shape[1:3]
         stride = max(1, round(max(height, width) / _FINE_GRID))
         values = np.stack([_features(grey, stride) for grey in _grey(slices)])

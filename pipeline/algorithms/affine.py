@@ -53,7 +53,7 @@ def robust_affine(
 
 
 def consensus_affine(
-    fixed: Points, moving: Points, weight: Weights, prior_mm: float, trials: int = 400, seed: int = 0
+    fixed: Points, moving: Points, weight: Weights, prior_mm: float, trials: int = 200, seed: int = 0
 ) -> Affine:
     """The affine that most point pairs agree on (RANSAC, Fischler and Bolles 1981), then `robust_affine` of those.
 
@@ -72,8 +72,8 @@ def consensus_affine(
     keys = np.log(weight) - np.log(-np.log(rng.random((trials, len(fixed)))))
     sample = np.argpartition(-keys, size - 1, axis=1)[:, :size]
     matrices = ridge_affine(fixed[sample], moving[sample], weight[sample], prior_mm)
-    moved = np.einsum("tij,nj->tni", matrices[:, 1:3, :3], fixed) + matrices[:, None, 1:3, 3]
-    residual = np.linalg.norm(moved - moving[:, 1:], axis=2)
+    moved = matrices[:, 1:3, :3] @ fixed.T + matrices[:, 1:3, 3:]
+    residual = np.hypot(*np.moveaxis(moved - moving[:, 1:].T, 1, 0))
     tolerance = 0.06 * float(np.hypot(*np.ptp(fixed[:, 1:], axis=0))) + 2.0
     score = np.clip(1 - residual / tolerance, 0, None) @ weight
     volume = np.abs(np.linalg.det(matrices[:, :3, :3]))
@@ -82,4 +82,4 @@ def consensus_affine(
     inlier = residual[best] < tolerance
     if inlier.sum() < size:
         inlier[:] = True
-    return robust_affine(fixed[inlier], moving[inlier], weight[inlier], prior_mm)
+    return robust_affine(fixed[inlier], moving[inlier], weight[inlier], prior_mm, iterations=5)

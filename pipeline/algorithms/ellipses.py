@@ -35,3 +35,24 @@ def overlap(centre_a: Array, cov_a: Array, centre_b: Array, cov_b: Array) -> Arr
     distance = (xx * dy * dy - 2 * yx * dy * dx + yy * dx * dx) / determinant
     product = (cov_a[:, 0] * cov_a[:, 2] - cov_a[:, 1] ** 2) * (cov_b[:, 0] * cov_b[:, 2] - cov_b[:, 1] ** 2)
     return np.sqrt(product) / determinant * np.exp(-distance / 4)
+
+
+def may_overlap(
+    centre_a: Array, cov_a: Array, centre_b: Array, cov_b: Array, least: float
+) -> npt.NDArray[np.bool_]:
+    """Which of [N] and [M] ellipses can reach an `overlap` of `least`, 0..1, or could if moved a little: bool [N, M].
+
+    Overlap needs exp(-d^2 / (4 lambda)) > least, with lambda the mean of the two largest variances; twice that d^2
+    is let through.
+    """
+    a, b = centre_a.astype(np.float32), centre_b.astype(np.float32)
+    gap = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * (a @ b.T)
+    reach = -4 * np.log(max(least, 1e-6))
+    limit_a, limit_b = ((reach * _largest(c) + 0.5).astype(np.float32) for c in (cov_a, cov_b))
+    return np.asarray(gap < limit_a[:, None] + limit_b)
+
+
+def _largest(covariance: Array) -> Array:
+    """Largest eigenvalue of each covariance [N, 3]."""
+    yy, yx, xx = covariance.T
+    return np.asarray((yy + xx) / 2 + np.hypot((yy - xx) / 2, yx))

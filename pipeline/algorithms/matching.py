@@ -20,7 +20,7 @@ from pipeline.algorithms.selection import greedy_one_to_one
 
 Float = npt.NDArray[np.float32]
 Index = npt.NDArray[np.int64]
-_SEEDS = 400
+_SEEDS = 200
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SpatialConfig:
     epsilon: float = 0.55
     min_overlap: float = 0.2
     weight: float = 0.3
-    affine_rounds: int = 2
+    affine_rounds: int = 1
     local_rounds: int = 2
     reach: float = 0.35
     prior_mm: float = 20.0
@@ -125,8 +125,8 @@ def match(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchC
         Matches, possibly none. Ties are broken by (moving, fixed) index, so the result is deterministic.
     """
     similarity = np.clip(moving.prototypes @ fixed.prototypes.T, 0, 1)
-    similarity[~slice_window(moving, fixed, moving_to_fixed, config)] = 0
-    i, j = _above(similarity, config.epsilon)
+    similarity *= slice_window(moving, fixed, moving_to_fixed, config)
+    i, j = _positions(similarity > max(config.epsilon, 0.0))
     score = similarity[i, j]
     chosen = _select(i, j, score, moving, config)
     i, j, score = i[chosen], j[chosen], score[chosen]
@@ -141,19 +141,19 @@ def slice_window(
     moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchConfig
 ) -> npt.NDArray[np.bool_]:
     """Which pairs lie in the window of slices: bool [N_moving, N_fixed]."""
-    if config.slice_unit == "slices":
-        here, there = moving.slice.astype(np.float64), fixed.slice.astype(np.float64)
-    elif config.slice_unit == "relative":
-        here, there = (moving.slice + 0.5) / moving.n_slices, (fixed.slice + 0.5) / fixed.n_slices
-    else:
+    reach = config.slice_range + 1e-9
+    if config.slice_unit == "mm":
         here = moving.centroid_mm @ moving_to_fixed[0, :3] + moving_to_fixed[0, 3]
-        there = fixed.centroid_mm[:, 0]
-    return np.asarray(np.abs(here[:, None] - there) <= config.slice_range + 1e-9)
+        return np.asarray(np.abs(here[:, None] - fixed.centroid_mm[:, 0]) <= reach)
+    here, there = np.arange(moving.n_slices, dtype=np.float64), np.arange(fixed.n_slices, dtype=np.float64)
+    if config.slice_unit == "relative":
+        here, there = (here + 0.5) / moving.n_slices, (there + 0.5) / fixed.n_slices
+    near = np.abs(here[:, None] - there) <= reach
+    return near[moving.slice][:, fixed.slice]
 
 
-def _above(similarity: Float, epsilon: float) -> tuple[Index, Index]:
-    flat = np.flatnonzero(similarity > max(epsilon, 0.0))
-    i, j = np.divmod(flat, similarity.shape[1])
+def _positions(chosen: npt.NDArray[np.bool_]) -> tuple[Index, Index]:
+    i, j = np.divmod(np.flatnonzero(chosen), chosen.shape[1])
     return i, j
 
 
@@ -182,22 +182,25 @@ def _consistent(
     seeds = np.argsort(-score, kind="stable")[:_SEEDS]
     affine = consensus_affine(here[j[seeds]], there[i[seeds]], score[seeds].astype(np.float64), config.prior_mm)
     carried = here @ affine[:3, :3].T + affine[:3, 3]
-    ci, cj = _above(similarity, config.epsilon)
-    candidate = similarity[ci, cj]
+    spread = ellipses.transform(fixed.covariance_mm2, affine[1:3, 1:3])
+    gate = ellipses.may_overlap(there[:, 1:], turned, carried[:, 1:], spread, config.min_overlap)
+    ci, cj = _positions(gate & (similarity > config.epsilon))
+    alike = similarity[ci, cj]
     for round_number in range(config.affine_rounds + config.local_rounds):
-        spread = ellipses.transform(fixed.covariance_mm2, affine[1:3, 1:3])
+        if round_number:
+            weight = score.astype(np.float64)
+            affine = robust_affine(here[j], there[i], weight**2, config.prior_mm, iterations=3)
+            carried = here @ affine[:3, :3].T + affine[:3, 3]
+            spread = ellipses.transform(fixed.covariance_mm2, affine[1:3, 1:3])
+        if round_number >= config.affine_rounds:
+            carried = carried + _local_shift(here, j, there[i] - carried[j], weight, config.reach)
         overlap = ellipses.overlap(there[ci, 1:], turned[ci], carried[cj, 1:], spread[cj])
-        joint = (1 - config.weight) * candidate + config.weight * np.sqrt(overlap).astype(np.float32)
         near = np.flatnonzero(overlap > config.min_overlap)
-        near = near[greedy_one_to_one(ci[near], cj[near], joint[near])]
-        i, j, score = ci[near], cj[near], joint[near]
+        joint = (1 - config.weight) * alike[near] + config.weight * np.sqrt(overlap[near]).astype(np.float32)
+        best = greedy_one_to_one(ci[near], cj[near], joint)
+        i, j, score = ci[near[best]], cj[near[best]], joint[best]
         if len(i) < 3:
             break
-        weight = score.astype(np.float64)
-        affine = robust_affine(here[j], there[i], weight**2, config.prior_mm)
-        carried = here @ affine[:3, :3].T + affine[:3, 3]
-        if round_number >= config.affine_rounds - 1:
-            carried = carried + _local_shift(here, j, there[i] - carried[j], weight, config.reach)
     return i, j, score
 
 
@@ -211,16 +214,17 @@ def _local_shift(
     """Robust kernel regression of the pairs' residuals at every fixed ROI: [N, 3] mm."""
     spread = reach * np.maximum(here.std(axis=0), 1e-3)
     spread[1:] = np.sqrt((spread[1:] ** 2).mean())
-    x = here / spread
+    x = (here / spread).astype(np.float32)
     gap = ((x**2).sum(1)[:, None] + (x[j] ** 2).sum(1) - 2 * x @ x[j].T).clip(0)
-    kernel = np.exp(-0.5 * gap.astype(np.float32)) * weight.astype(np.float32)
-    trust = np.ones(len(j), np.float32)
+    kernel = np.exp(-0.5 * gap)
+    trust = weight
     shift = np.zeros_like(here)
     for _ in range(3):
-        weighted = kernel * trust
-        shift = (weighted @ residual.astype(np.float32)) / (weighted.sum(axis=1, keepdims=True) + 1)
+        votes = np.column_stack([trust[:, None] * residual, trust]).astype(np.float32)
+        total = kernel @ votes
+        shift = (total[:, :3] / (total[:, 3:] + 1)).astype(np.float64)
         error = np.linalg.norm(residual - shift[j], axis=1)
-        trust = (1 / (1 + (error / (2 * np.median(error) + 1e-3)) ** 2)).astype(np.float32)
+        trust = weight / (1 + (error / (2 * np.median(error) + 1e-3)) ** 2)
     return shift
 
 
