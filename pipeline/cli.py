@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pipeline.config import StudyConfig
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
+LOG_WIDTH = 120
 
 app = typer.Typer(
     help="Registers the images of a cohort by pairs of regions found with the Segment Anything Model.",
@@ -64,7 +66,7 @@ def run(
     """Run or resume a study."""
     from pipeline.summary import print_summary
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else LOG_WIDTH)
     with _errors_as_exit_codes(out):
         from pipeline.progress import Reporter
         from pipeline.request import read_request

@@ -15,15 +15,24 @@ from storage import tables
 if TYPE_CHECKING:
     from pipeline.study import StudySummary
 
-COLUMNS = ("dice_before", "dice_centered", "dice_affine", "dice", "tre_mm_before", "tre_mm", "fold_fraction")
+COLUMNS = {
+    "dice_before": "Dice before",
+    "dice_centered": "centred",
+    "dice_affine": "affine",
+    "dice": "after",
+    "tre_mm_before": "TRE mm before",
+    "tre_mm": "after",
+    "fold_fraction": "folded",
+}
 
 
 def print_summary(console: Console, out: Path, summary: StudySummary) -> None:
     """Print the counts of every stage and, where labels exist, the mean metrics."""
-    counts = Table("stage", "done", "reused", "failed", "seconds", title=str(out), title_justify="left")
+    counts = Table("stage", "done", "reused", "failed", "seconds")
     for stage in summary.stages:
         values = (stage.done, stage.reused, stage.failed)
         counts.add_row(stage.stage, *(str(v) for v in values), f"{stage.seconds:.1f}")
+    console.print(str(out), soft_wrap=True)
     console.print(counts)
     metrics = tables.read_table(out, "metrics")
     if metrics.num_rows and metrics.column("dice").null_count < metrics.num_rows:
@@ -34,7 +43,7 @@ def print_summary(console: Console, out: Path, summary: StudySummary) -> None:
 
 def _metrics_table(metrics: pa.Table) -> Table:
     """Means over pairs, one row per label; label 0 is the mean over labels."""
-    shown = Table("label", "pairs", *COLUMNS)
+    shown = Table("label", "pairs", *COLUMNS.values())
     for label in sorted(set(metrics.column("label").to_pylist())):
         rows = metrics.filter(pc.equal(metrics.column("label"), label))
         means = [pc.mean(rows.column(name)).as_py() for name in COLUMNS]

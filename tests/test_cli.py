@@ -28,7 +28,7 @@ def test_run_then_status_then_run_again(cohort: Path, tmp_path: Path) -> None:
     out = tmp_path / "study"
     done = _samreg("run", "--cohort", cohort, "--out", out, "--pairs", "star", *QUICK)
     assert done.exit_code == 0, done.output
-    assert "dice" in done.stderr
+    assert "Dice before" in done.stderr
     status = _samreg("status", out)
     assert status.exit_code == 0
     assert status.stdout.splitlines()[-1].split() == ["fit", "1", "0", "0"]

@@ -108,7 +108,6 @@ def test_killing_a_worker_during_encoding_costs_nothing(
 MOMENTS = {
     "first embedding": "embeddings.zarr/*/zarr.json",
     "first prototypes": "embeddings.zarr/*/prototypes/zarr.json",
-    "first ROI table": "rois/*.parquet",
     "correspondences": "correspondences/*.parquet",
     "first transform": "transforms/*.h5",
     "first metrics": "metrics/*.parquet",
