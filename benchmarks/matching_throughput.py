@@ -64,7 +64,7 @@ def main() -> None:
             if config is None:
                 np.clip(moving.prototypes @ fixed.prototypes.T, 0, 1)
             else:
-                found = len(match(moving, fixed, np.eye(4), config).rank)
+                found = len(match(moving, fixed, np.eye(4), config).similarity)
         rate = options.pairs / (time.perf_counter() - start)
         print(f"{name:40s} {rate:8.1f} pairs/s  {found} matches")
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from actors.build import SegmenterConfig
 from actors.component_tree import ComponentTreeConfig
 from actors.encoder import InputConfig
-from pipeline.algorithms.ddf import FitConfig
+from pipeline.algorithms.fit_config import FitConfig
 from pipeline.algorithms.matching import MatchConfig
 from pipeline.algorithms.prototypes import PrototypeConfig
 from pipeline.algorithms.rois import RoiConfig

@@ -73,6 +73,20 @@ class Lattice:
         return (i[:, 0] * shape[1] + i[:, 1]) * shape[2] + i[:, 2]
 
 
+def smallest_jacobian(u: Lattice, matrix: Tensor) -> float:
+    """Smallest determinant of the derivative of A x + u(x) over the lattice cells (one-sided differences)."""
+    columns = []
+    for axis in range(3):
+        if u.values.shape[axis + 1] == 1:
+            slope = torch.zeros_like(u.values)
+        else:
+            slope = torch.diff(u.values, dim=axis + 1) / u.step_mm[axis]
+            slope = torch.cat([slope, slope.narrow(axis + 1, slope.shape[axis + 1] - 1, 1)], axis + 1)
+        columns.append(slope + matrix[:3, axis, None, None, None])
+    a, b, c = columns
+    return float((a * torch.linalg.cross(b, c, dim=0)).sum(0).min())
+
+
 def resample(u: Lattice, onto: Lattice) -> Lattice:
     """The same field on another lattice, linear along each axis."""
     values = u.values

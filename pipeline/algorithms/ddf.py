@@ -14,7 +14,7 @@ Eq. 10 is not part of the objective and is reported instead. DDF convention: `pi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -23,64 +23,15 @@ from torch import Tensor
 
 from pipeline.algorithms import roi_fields
 from pipeline.algorithms.affine import Affine, robust_affine
-from pipeline.algorithms.bspline import ControlGrid, Lattice, compose, resample, solve
+from pipeline.algorithms.bspline import ControlGrid, Lattice, compose, resample, smallest_jacobian, solve
+from pipeline.algorithms.fit_config import FitConfig, Level
 from pipeline.algorithms.roi_fields import Points, RoiFields, RoiPair
-
-
-@dataclass(frozen=True)
-class Level:
-    """One resolution of the fit; lengths in units of the smallest fixed spacing h0.
-
-    Attributes:
-        stride: lattice step of the stored field.
-        control: control point spacing of the update.
-        tau: softness of the masks.
-        points: row and column step of the points that vote.
-        iterations: Gauss-Newton steps.
-    """
-
-    stride: int
-    control: float
-    tau: float
-    iterations: int
-    points: int = 1
 
 
 _FEWEST_FOR_AFFINE = 3
 _NO_LINEAR_PART_MM = 1e6
-
-DEFAULT_LEVELS = (
-    Level(4, 16.0, 4.0, 4, 4),
-    Level(2, 8.0, 2.0, 4, 2),
-    Level(2, 5.0, 1.2, 4, 2),
-)
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """Settings of the displacement fit.
-
-    Attributes:
-        smoothness: weight of the gradient penalty on each update (the lambda of Eq. 10 for the update).
-        elastic: weight of the gradient penalty on the whole field.
-        step: largest update per iteration, as a fraction of the control spacing.
-        affine_iterations: Gauss-Newton steps of the affine part.
-        affine_prior_mm: how strongly few or clustered ROIs pull the affine towards a translation.
-        robust: exponent by which ROIs that stay apart lose weight from level to level; 0 switches it off.
-        slice_weight: weight of the matched slice's position along the through-plane axis.
-        points_per_roi: about how many voxels of a ROI vote.
-        levels: coarse to fine.
-    """
-
-    smoothness: float = 0.001
-    elastic: float = 0.0
-    step: float = 0.4
-    affine_iterations: int = 12
-    affine_prior_mm: float = 20.0
-    robust: float = 1.0
-    slice_weight: float = 0.05
-    points_per_roi: int = 120
-    levels: tuple[Level, ...] = field(default=DEFAULT_LEVELS)
+_SMALLEST_JACOBIAN = 0.05
+_HALVINGS = 4
 
 
 @dataclass(frozen=True)
@@ -245,5 +196,15 @@ def _fit_level(
         if config.elastic:
             g = g + config.elastic * h0**2 * grid.laplacian_of(u)
         d = solve(grid, g, h, (config.smoothness + config.elastic) * h0**2)
-        u = compose(u, grid.expand(torch.clamp(d, -limit, limit)), matrix)
+        u = _guarded_step(u, grid.expand(torch.clamp(d, -limit, limit)), matrix)
+    return u
+
+
+def _guarded_step(u: Lattice, delta: Tensor, matrix: Tensor) -> Lattice:
+    """Compose with the largest of delta, delta / 2, delta / 4 ... that keeps the sampled field one-to-one."""
+    for _ in range(_HALVINGS):
+        moved = compose(u, delta, matrix)
+        if smallest_jacobian(moved, matrix) > _SMALLEST_JACOBIAN:
+            return moved
+        delta = delta / 2
     return u

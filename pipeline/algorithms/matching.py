@@ -101,7 +101,6 @@ class Matches:
         moving_index, fixed_index: int64 [K] into the two RoiSets.
         similarity: float32 [K], cosine clipped to 0..1 (Eq. 6).
         margin: float32 [K], similarity less that of the moving ROI's best other candidate in the window.
-        rank: int32 [K], 1 is best.
         confidence: float32 [K], 0..1: the score that the selection used, which also weights the fit.
     """
 
@@ -109,7 +108,6 @@ class Matches:
     fixed_index: Index
     similarity: Float
     margin: Float
-    rank: npt.NDArray[np.int32]
     confidence: Float
 
 
@@ -247,5 +245,4 @@ def _matches(i: Index, j: Index, score: Float, similarity: Float) -> Matches:
     others = similarity[i]
     others[np.arange(len(i)), j] = 0
     best_other = others.max(axis=1, initial=0)
-    rank = np.arange(1, len(i) + 1, dtype=np.int32)
-    return Matches(i, j, raw, raw - best_other, rank, score.astype(np.float32))
+    return Matches(i, j, raw, raw - best_other, score.astype(np.float32))

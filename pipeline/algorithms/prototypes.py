@@ -94,7 +94,7 @@ def _coverage(cells: int, pixels: int, extent: float) -> Float:
 def _mean(weights: Float, flat: Float) -> Float:
     """Weighted mean of features [C, h*w] under weights [n, h, w]: [n, C]."""
     total = weights.sum(axis=(1, 2))
-    return np.asarray(weights.reshape(len(weights), -1) @ flat.T / np.maximum(total, 1e-6)[:, None], np.float32)
+    return np.asarray(weights.reshape(len(weights), flat.shape[1]) @ flat.T / np.maximum(total, 1e-6)[:, None], np.float32)
 
 
 def _unit(values: Float) -> Float:
@@ -134,7 +134,8 @@ def _shape_code(masks: npt.NDArray[np.bool_]) -> Float:
     y, x = np.arange(masks.shape[1]), np.arange(masks.shape[2])
     cy, cx = rows @ y / area, cols @ x / area
     yy, xx = rows @ y**2 / area - cy**2 + 1 / 12, cols @ x**2 / area - cx**2 + 1 / 12
-    yx = masks.reshape(len(masks), -1).astype(np.float64) @ np.outer(y, x).ravel() / area - cy * cx
+    flat = masks.reshape(len(masks), masks.shape[1] * masks.shape[2]).astype(np.float64)
+    yx = flat @ np.outer(y, x).ravel() / area - cy * cx
     compact = area / (4 * np.pi * np.sqrt(np.maximum(yy * xx - yx**2, 1e-3)))
     trace = yy + xx
     code = np.stack([(yy - xx) / trace, 2 * yx / trace, np.clip(compact, 0, 1.5), np.full(len(area), 0.5)], axis=1)

@@ -81,14 +81,14 @@ class RoiFields:
     def points(self, distance_mm: float, stride: int, limit: int) -> Points:
         """Voxels within a distance of their fixed boundary, on every `stride`-th row and column.
 
-        A ROI with more than about `limit` of them is sampled more coarsely.
+        A ROI with more than about `limit` of them per slice is sampled more coarsely.
         """
         x, fixed, index, share = [], [], [], []
         spacing = np.asarray(self.spacing_mm)
         for k, distance in enumerate(self.fixed):
             step = stride
             near = np.abs(distance[:, ::step, ::step]) < distance_mm
-            excess = near.sum() / limit
+            excess = near.sum() / (limit * len(distance))
             if excess > 1:
                 step *= int(np.ceil(np.sqrt(excess)))
                 near = np.abs(distance[:, ::step, ::step]) < distance_mm

@@ -73,7 +73,7 @@ def _area_scale(shape: tuple[int, ...], spacing_mm: tuple[float, float, float], 
 
 
 def _without_overlap(masks: npt.NDArray[np.bool_], limit: float) -> npt.NDArray[np.int64]:
-    flat = masks.reshape(len(masks), -1).astype(np.float32)
+    flat = masks.reshape(len(masks), masks.shape[1] * masks.shape[2]).astype(np.float32)
     both, area = flat @ flat.T, flat.sum(axis=1)
     kept: list[int] = []
     for n in np.argsort(-area, kind="stable"):
@@ -101,7 +101,7 @@ def moments(
     y, x = np.arange(masks.shape[1], dtype=np.float64), np.arange(masks.shape[2], dtype=np.float64)
     cy, cx = rows @ y / area, cols @ x / area
     yy, xx = rows @ y**2 / area - cy**2 + 1 / 12, cols @ x**2 / area - cx**2 + 1 / 12
-    weighted = masks.reshape(len(masks), -1).astype(np.float64) @ np.outer(y, x).ravel()
+    weighted = masks.reshape(len(masks), masks.shape[1] * masks.shape[2]).astype(np.float64) @ np.outer(y, x).ravel()
     yx = weighted / area - cy * cx
     centroid = np.stack([np.asarray(roi_slice, dtype=np.float64), cy, cx], axis=1)
     sy, sx = spacing_mm[1], spacing_mm[2]
