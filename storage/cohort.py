@@ -92,9 +92,7 @@ def read_cohort(path: str | Path) -> Cohort:
         CohortError: for missing columns, empty names or images, duplicate subjects, no rows.
     """
     manifest = Path(path).resolve()
-    rows = read_rows(
-        manifest, required=("subject", "image"), optional=("label", "landmarks", "group", "session")
-    )
+    rows = read_rows(manifest, required=("subject", "image"), optional=("label", "landmarks", "group", "session"))
     subjects: list[Subject] = []
     first_row: dict[str, int] = {}
     for number, row in rows:
@@ -133,9 +131,7 @@ def read_pairs(path: str | Path, cohort: Cohort) -> tuple[tuple[Pair, ...], list
             raise CohortError(f"{path}, row {number}: empty {'fixed' if row['moving'] else 'moving'}")
         pair = Pair(row["pair"] or f"{row['moving']}__{row['fixed']}", row["moving"], row["fixed"])
         if pair.pair in first_row:
-            raise CohortError(
-                f"{path}, row {number}: pair {pair.pair!r} appears before in row {first_row[pair.pair]}"
-            )
+            raise CohortError(f"{path}, row {number}: pair {pair.pair!r} appears before in row {first_row[pair.pair]}")
         first_row[pair.pair] = number
         missing = [name for name in (pair.moving, pair.fixed) if name not in names]
         if missing:
@@ -206,15 +202,11 @@ def _scan_folder(root: Path) -> tuple[Subject, ...]:
     files = [p for p in sorted(root.rglob("*")) if p.is_file() and not p.name.startswith(".")]
     images = [p for p in files if p.name.lower().endswith(_IMAGE_SUFFIXES)]
     by_stem = {(p.parent, _stem(p)): p for p in images}
-    labels = {
-        p for p in images if _LABEL_ENDING.search(_stem(p)) or p.parent.name.lower().startswith("label")
-    }
+    labels = {p for p in images if _LABEL_ENDING.search(_stem(p)) or p.parent.name.lower().startswith("label")}
     found: list[tuple[Path, str, str]] = []
     for image in (p for p in images if p not in labels):
         beside = re.sub("(?i)^images?", "labels", image.parent.name)
-        candidates = [
-            (image.parent, f"{_stem(image)}_{e}") for e in ("gt", "seg", "label", "labels", "dseg", "mask")
-        ]
+        candidates = [(image.parent, f"{_stem(image)}_{e}") for e in ("gt", "seg", "label", "labels", "dseg", "mask")]
         candidates += [(image.parent.parent / beside, re.sub(r"_0000$", "", _stem(image)))]
         candidates += [(image.parent.parent / beside, _stem(image))]
         label = next((by_stem[c] for c in candidates if by_stem.get(c, image) in labels), None)
@@ -223,9 +215,7 @@ def _scan_folder(root: Path) -> tuple[Subject, ...]:
     found += [(folder, "", "") for folder in sorted({p.parent for p in files if _is_dicom(p)})]
     stems = [_stem(path) for path, _, _ in found]
     return tuple(
-        Subject(
-            stem if stems.count(stem) == 1 else path.relative_to(root).as_posix(), str(path), label, landmarks
-        )
+        Subject(stem if stems.count(stem) == 1 else path.relative_to(root).as_posix(), str(path), label, landmarks)
         for stem, (path, label, landmarks) in zip(stems, found, strict=True)
     )
 
@@ -256,9 +246,7 @@ def _scan_learn2reg(listing: Path) -> tuple[Subject, ...]:
         for image, label in _listed(record.get(part) if isinstance(record, dict) else None):
             images[image] = images.get(image) or label
     if not images:
-        raise CohortError(
-            f"{listing}: no images under training, validation or test; expected a Learn2Reg dataset"
-        )
+        raise CohortError(f"{listing}: no images under training, validation or test; expected a Learn2Reg dataset")
     return tuple(
         Subject(_stem(Path(image)), _locate(image, listing.parent), _locate(label, listing.parent))
         for image, label in images.items()

@@ -115,9 +115,7 @@ class EmbeddingStore:
             packed=zarr.open_array(folder / "masks", mode="r"),
         )
 
-    def write_prototypes(
-        self, subject: str, signature: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]
-    ) -> None:
+    def write_prototypes(self, subject: str, signature: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> None:
         """Replace the prototype arrays of a subject (names are identifiers; numbers and booleans, any shape).
 
         Raises:
@@ -205,9 +203,7 @@ class EmbeddingStore:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
-                shutil.rmtree(
-                    old, ignore_errors=True
-                )  # another process moved in between; its work is replaced
+                shutil.rmtree(old, ignore_errors=True)  # another process moved in between; its work is replaced
             else:
                 return
         raise OSError(errno.EBUSY, "other processes keep writing the same subject", str(target))

@@ -135,9 +135,7 @@ class Geometry:
         """The grid of the user's own file, as ITK reads it (a 2D file: third axis of size 1, spacing 1)."""
         if self.source_dimension == 2:
             spacing = self.spacing_mm if self.has_spacing else self.nominal_spacing
-            return FileGrid(
-                (self.shape[2], self.shape[1], 1), _reverse(spacing), self.origin_mm, self.direction
-            )
+            return FileGrid((self.shape[2], self.shape[1], 1), _reverse(spacing), self.origin_mm, self.direction)
         perm, flips = self.source_axes
         origin = np.asarray(self.origin_mm, dtype=np.float64)
         size, spacing_xyz, matrix = [0, 0, 0], [0.0, 0.0, 0.0], np.zeros((3, 3))

@@ -14,9 +14,7 @@ class CohortError(ValueError):
     """A manifest or pair list that cannot be used; says the file, the row and what was expected."""
 
 
-def read_rows(
-    path: Path, required: tuple[str, ...], optional: tuple[str, ...]
-) -> list[tuple[int, dict[str, str]]]:
+def read_rows(path: Path, required: tuple[str, ...], optional: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
     """Rows as text by column, with their line number (Parquet: counted from 1); blank lines are left out."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -53,7 +51,5 @@ def _parquet_lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         table = pq.read_table(path)
     except pa.ArrowInvalid:
         raise CohortError(f"{path}: not a Parquet file, or a truncated one") from None
-    cells = zip(
-        *(["" if v is None else str(v).strip() for v in c.to_pylist()] for c in table.columns), strict=True
-    )
+    cells = zip(*(["" if v is None else str(v).strip() for v in c.to_pylist()] for c in table.columns), strict=True)
     return table.column_names, [(i, list(row)) for i, row in enumerate(cells, 1)]

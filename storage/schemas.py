@@ -25,8 +25,7 @@ def _zyx(prefix: str, suffix: str, unit: str, meaning: str) -> _Columns:
 
 def _schema(columns: _Columns) -> pa.Schema:
     fields = [
-        pa.field(name, kind, metadata={"unit": unit, "description": meaning})
-        for name, kind, unit, meaning in columns
+        pa.field(name, kind, metadata={"unit": unit, "description": meaning}) for name, kind, unit, meaning in columns
     ]
     return pa.schema(fields, metadata={"schema_version": SCHEMA_VERSION})
 

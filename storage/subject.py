@@ -48,9 +48,7 @@ class SubjectEmbedding:
     mask_shape: tuple[int, int]
     packed: zarr.Array[Any]
 
-    def masks(
-        self, rows: Sequence[int] | npt.NDArray[np.integer[Any]] | None = None
-    ) -> npt.NDArray[np.bool_]:
+    def masks(self, rows: Sequence[int] | npt.NDArray[np.integer[Any]] | None = None) -> npt.NDArray[np.bool_]:
         """ROI masks bool [n, H, W]: all, or those of the given row numbers in that order."""
         if rows is None:
             packed = self.packed[:]
@@ -101,9 +99,7 @@ class SubjectWriter:
         with np.errstate(over="ignore"):
             half = np.asarray(features, dtype=np.float16)
         if not np.isfinite(half).all():
-            raise ValueError(
-                f"features of slice {z} hold NaN or exceed float16 (largest {np.abs(features).max()})"
-            )
+            raise ValueError(f"features of slice {z} hold NaN or exceed float16 (largest {np.abs(features).max()})")
         try:
             if not self._added:
                 self._create_arrays(half.shape)
@@ -111,9 +107,7 @@ class SubjectWriter:
             if stored.shape[1:] != half.shape:
                 raise ValueError(f"features of slice {z} are {half.shape}, earlier slices {stored.shape[1:]}")
             stored[z] = half
-            self._pending.append(
-                np.packbits(masks.reshape(len(masks), masks.shape[1] * masks.shape[2]), axis=1)
-            )
+            self._pending.append(np.packbits(masks.reshape(len(masks), masks.shape[1] * masks.shape[2]), axis=1))
             if sum(len(rows) for rows in self._pending) >= _FLUSH_ROWS:
                 self._flush(final=False)
         except OSError as error:
@@ -144,9 +138,7 @@ class SubjectWriter:
         if masks.dtype != np.bool_ or masks.shape[1:] != self.mask_shape:
             raise ValueError(f"masks must be bool [n, {self.mask_shape}], got {masks.dtype} {masks.shape}")
         if any(column.shape != (len(masks),) for column in columns):
-            raise ValueError(
-                f"slice {z}: {len(masks)} masks but {[c.shape for c in columns]} quality and stability"
-            )
+            raise ValueError(f"slice {z}: {len(masks)} masks but {[c.shape for c in columns]} quality and stability")
 
     def _array(self, name: str) -> zarr.Array[Any]:
         return cast("zarr.Array[Any]", self.group[name])

@@ -49,9 +49,7 @@ def table_from_rows(name: str, rows: Iterable[Mapping[str, Any]]) -> pa.Table:
     schema, records = _schema(name), list(rows)
     unknown = sorted({column for row in records for column in row} - set(schema.names))
     if unknown:
-        raise TableError(
-            f"table {name!r} has no column {', '.join(unknown)}; it has {', '.join(schema.names)}"
-        )
+        raise TableError(f"table {name!r} has no column {', '.join(unknown)}; it has {', '.join(schema.names)}")
     arrays = []
     for field in schema:
         try:

@@ -93,9 +93,7 @@ def remove_transform(path: str | Path) -> None:
     Path(path).unlink(missing_ok=True)
 
 
-def ddf_to_itk(
-    ddf: npt.NDArray[np.floating[Any]], geometry: Geometry, moving: Geometry | None = None
-) -> sitk.Image:
+def ddf_to_itk(ddf: npt.NDArray[np.floating[Any]], geometry: Geometry, moving: Geometry | None = None) -> sitk.Image:
     """Vector image (float64, 2 or 3 components) of a [3, D, H, W] field; arguments as in write_transform."""
     if ddf.shape != (3, *geometry.shape):
         raise ValueError(f"field must be [3, {', '.join(map(str, geometry.shape))}], got {ddf.shape}")
@@ -114,9 +112,7 @@ def ddf_to_itk(
     return field
 
 
-def itk_to_ddf(
-    field: sitk.Image, geometry: Geometry, moving: Geometry | None = None
-) -> npt.NDArray[np.float32]:
+def itk_to_ddf(field: sitk.Image, geometry: Geometry, moving: Geometry | None = None) -> npt.NDArray[np.float32]:
     """Inverse of ddf_to_itk: float32 [3, D, H, W].
 
     Raises:
@@ -155,9 +151,7 @@ def _world_vectors_to_local(
     return ((world + _pixels(world.shape) * here) / there - _pixels(world.shape))[..., ::-1]
 
 
-def _pitches(
-    fixed: Geometry, moving: Geometry | None
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def _pitches(fixed: Geometry, moving: Geometry | None) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """(x, y, z) size that ITK gives a pixel of the fixed and of the moving file."""
     source = fixed if moving is None else moving
     return np.array(fixed.nominal_spacing[::-1]), np.array(source.nominal_spacing[::-1])

@@ -112,9 +112,7 @@ def test_unreadable_manifests(tmp_path):
 
 
 def test_numeric_names_in_parquet_become_text(tmp_path):
-    pq.write_table(
-        pa.table({"subject": [1, 2], "image": ["a", "b"], "label": [None, "c"]}), tmp_path / "a.parquet"
-    )
+    pq.write_table(pa.table({"subject": [1, 2], "image": ["a", "b"], "label": [None, "c"]}), tmp_path / "a.parquet")
     assert [s.subject for s in read_cohort(tmp_path / "a.parquet").subjects] == ["1", "2"]
 
 

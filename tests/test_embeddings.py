@@ -219,9 +219,7 @@ def test_killed_writer_leaves_a_whole_subject_or_none(store):
     aside = store.root.parent / ".embeddings.zarr.wip"
     left_behind = 0
     for delay in (0.0, 0.013, 0.029, 0.041):
-        process = subprocess.Popen(
-            [sys.executable, "-c", _ENDLESS, str(store.root)], stdout=subprocess.PIPE, cwd=REPO
-        )
+        process = subprocess.Popen([sys.executable, "-c", _ENDLESS, str(store.root)], stdout=subprocess.PIPE, cwd=REPO)
         process.stdout.readline()
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)

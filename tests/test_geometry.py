@@ -89,9 +89,7 @@ def test_moving_to_fixed_of_differently_stored_copies_is_a_world_identity():
     moving = Geometry.from_file_grid(_grid(np.diag([-1.0, 1.0, -1.0])), "sagittal")
     point = np.array([3.0, 4.0, 5.0, 1.0])
     world = moving.local_to_world() @ point
-    np.testing.assert_allclose(
-        fixed.local_to_world() @ moving_to_fixed(fixed, moving) @ point, world, atol=1e-9
-    )
+    np.testing.assert_allclose(fixed.local_to_world() @ moving_to_fixed(fixed, moving) @ point, world, atol=1e-9)
 
 
 def test_center_alignment_takes_the_fixed_centre_to_the_moving_centre():

@@ -61,10 +61,7 @@ def test_parts_read_back_in_name_order(tmp_path):
     remove_part(tmp_path, "failures", "a")
     remove_part(tmp_path, "failures", "a")
     assert part_names(tmp_path, "failures") == ["b"]
-    assert (
-        pq.read_schema(tmp_path / "failures" / "b.parquet").metadata[b"schema_version"]
-        == SCHEMA_VERSION.encode()
-    )
+    assert pq.read_schema(tmp_path / "failures" / "b.parquet").metadata[b"schema_version"] == SCHEMA_VERSION.encode()
 
 
 def test_absent_table_is_empty(tmp_path):
