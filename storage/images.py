@@ -18,7 +18,8 @@ import numpy.typing as npt
 import SimpleITK as sitk  # noqa: N813 (its own documentation's name)
 
 from storage.geometry import FileGrid, Geometry, SliceAxis, from_file_axes
-from storage.sources import PICTURE_SUFFIXES, ImageError, check_whole, content_digest, local_copy, suffix
+from storage.integrity import check_file, not_finite
+from storage.sources import PICTURE_SUFFIXES, ImageError, content_digest, local_copy, suffix
 
 __all__ = ["Image", "ImageError", "content_digest", "read_image", "read_labels", "to_uint8"]
 
@@ -81,9 +82,7 @@ def read_labels(path: str | Path, like: Geometry) -> npt.NDArray[np.int32]:
             raise ImageError(f"{path}: expected one channel of label numbers, got {array.shape[3]}")
         array = array[..., 0]
     try:
-        own = Geometry.from_file_grid(
-            grid, like.world_axis(), has_spacing=physical, source_dimension=dimension
-        )
+        own = Geometry.from_file_grid(grid, like.world_axis(), has_spacing=physical, source_dimension=dimension)
     except ValueError as error:
         raise ImageError(f"{path}: {error}") from error
     if not _same_grid(own, like):
@@ -164,7 +163,7 @@ def _read_single(local: Path, path: str | Path) -> tuple[sitk.Image, int]:
         raise ImageError(f"{path}: picture of {size[2]} pages has no spacing; store it as NIfTI, MHA or NRRD")
     probe = sitk.Image([1] * min(dimension, 3), reader.GetPixelID(), reader.GetNumberOfComponents())
     voxel_bytes = int(np.prod(size)) * reader.GetNumberOfComponents() * probe.GetSizeOfPixelComponent()
-    check_whole(local, str(path), voxel_bytes)
+    check_file(local, str(path), voxel_bytes)
     if dimension > 3:
         reader.SetExtractSize([*size[:3], *([0] * (dimension - 3))])
     try:
@@ -213,9 +212,7 @@ def _to_float(array: npt.NDArray[Any], path: str | Path) -> npt.NDArray[np.float
         values = array.astype(np.float32)
     bad = int(values.size - np.isfinite(values).sum())
     if bad:
-        raise ImageError(
-            f"{path}: {bad} of {values.size} voxels are NaN or infinite; replace them by numbers"
-        )
+        raise not_finite(path, bad, values.size)
     return values
 
 
@@ -234,8 +231,7 @@ def _same_grid(a: Geometry, b: Geometry) -> bool:
         return False
     corners = np.array([[z, y, x] for z in (0, 1) for y in (0, 1) for x in (0, 1)]) * (np.array(a.shape) - 1)
     world_a, world_b = (
-        (corners * np.array(g.spacing_mm)) @ g.local_to_world()[:3, :3].T + np.array(g.origin_mm)
-        for g in (a, b)
+        (corners * np.array(g.spacing_mm)) @ g.local_to_world()[:3, :3].T + np.array(g.origin_mm) for g in (a, b)
     )
     return bool(np.linalg.norm(world_a - world_b, axis=1).max() <= _SAME_GRID * min(b.spacing_mm))
 

@@ -1,22 +1,17 @@
-"""Files as the user gave them: local or remote, whole or cut short, and their digest."""
+"""Files as the user gave them: local or remote, and their digest."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import re
 import shutil
-import struct
 import tempfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import fsspec
-from PIL import Image as Picture
-from PIL import UnidentifiedImageError
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 _DETACHED_SUFFIXES = (".mhd", ".nhdr", ".hdr", ".img")
@@ -51,9 +46,7 @@ def local_copy(path: str | Path) -> Iterator[Path]:
 
 def _download(uri: str, folder: Path) -> Path:
     if uri.lower().endswith(_DETACHED_SUFFIXES):
-        raise ImageError(
-            f"{uri}: header and voxels are separate files; store them as one (.mha, .nrrd, .nii.gz)"
-        )
+        raise ImageError(f"{uri}: header and voxels are separate files; store them as one (.mha, .nrrd, .nii.gz)")
     try:
         files, location = fsspec.core.url_to_fs(uri)
         if files.protocol == "file" or "file" in files.protocol:
@@ -78,57 +71,6 @@ def suffix(path: Path) -> str:
     return ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
 
 
-def check_whole(path: Path, shown: str, voxel_bytes: int) -> None:
-    """Raise where a file was cut short in a way that ITK reads without complaint (NIfTI, JPEG, PNG, TIFF).
-
-    Args:
-        path: local file.
-        shown: path to name in the message.
-        voxel_bytes: bytes of all voxels by the header.
-
-    Raises:
-        ImageError: when bytes are missing or the compressed stream is damaged.
-    """
-    kind = suffix(path)
-    if kind in (".nii", ".nii.gz"):
-        opener = gzip.open if _is_gzip(path) else open
-        try:
-            with cast(IO[bytes], opener(path, "rb")) as stream:
-                header = stream.read(352)
-                found = len(header) + sum(len(block) for block in iter(lambda: stream.read(_BLOCK), b""))
-        except (EOFError, OSError, zlib.error):
-            raise ImageError(f"{shown}: the file is truncated or damaged; copy it again") from None
-        if found < _nifti_offset(header) + voxel_bytes:
-            raise ImageError(
-                f"{shown}: the file is truncated, {voxel_bytes} bytes of voxels expected, "
-                f"{max(0, found - _nifti_offset(header))} found; copy it again"
-            )
-    elif kind in (".hdr", ".img"):
-        data = path.with_suffix(".img")
-        if data.exists() and data.stat().st_size < voxel_bytes:
-            raise ImageError(f"{shown}: the .img file is truncated; copy it again")
-    elif kind in PICTURE_SUFFIXES:
-        try:
-            with Picture.open(path) as picture:
-                picture.load()
-        except UnidentifiedImageError:
-            return  # a flavour that only ITK knows
-        except (OSError, SyntaxError, ValueError):
-            raise ImageError(f"{shown}: the picture is truncated or damaged; copy it again") from None
-
-
-def _is_gzip(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return stream.read(2) == b"\x1f\x8b"
-
-
-def _nifti_offset(header: bytes) -> int:
-    order = "<" if struct.unpack("<i", header[:4])[0] in (348, 540) else ">"
-    if struct.unpack(f"{order}i", header[:4])[0] == 540:
-        return int(struct.unpack(f"{order}q", header[168:176])[0])
-    return int(struct.unpack(f"{order}f", header[108:112])[0])
-
-
 def content_digest(path: str | Path) -> str:
     """sha256 (hex) of a file's bytes and its detached data file's; of a folder: of its files' in name order.
 
@@ -137,10 +79,8 @@ def content_digest(path: str | Path) -> str:
     """
     total = hashlib.sha256()
     with local_copy(path) as local:
-        if local.is_dir():
-            files = sorted(p for p in local.rglob("*") if p.is_file())
-        else:
-            files = [local, *_detached(local)]
+        inside = sorted(p for p in local.rglob("*") if p.is_file())
+        files = inside if local.is_dir() else [local, *_detached(local)]
         for file in files:
             with file.open("rb") as stream:
                 shutil.copyfileobj(stream, cast(Any, _HashSink(total)), _BLOCK)

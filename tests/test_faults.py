@@ -205,7 +205,7 @@ def test_a_full_disk_stops_the_run(cohort: Path, undisturbed: dict[str, Any], sm
 
 
 def _file_of(name: str) -> str:
-    return f"{name}.mha" if name in ("nan", "infinite") else f"{name}.nii.gz"
+    return f"{name}.mha" if name == "nan" else f"{name}.nii.gz"
 
 
 def _bad_cohort(folder: Path) -> Path:
@@ -218,7 +218,7 @@ def _bad_cohort(folder: Path) -> Path:
     (folder / "text.nii.gz").write_text("not an image")
     phantoms.write_volume(folder / "constant.nii.gz", np.full_like(image, 7))
     phantoms.write_volume(folder / "nan.mha", np.where(labels == 1, np.nan, image))
-    phantoms.write_volume(folder / "infinite.mha", np.where(labels == 1, np.inf, image))
+    phantoms.write_volume(folder / "infinite.nii.gz", np.where(labels == 1, np.inf, image))
     sitk.WriteImage(sitk.JoinSeries([sitk.GetImageFromArray(image)] * 2), str(folder / "four_d.nii.gz"))
     phantoms.write_volume(folder / "other_grid_gt.nii.gz", labels[:, :40, :40])
     edge = np.zeros_like(image)

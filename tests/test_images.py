@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 
 import fsspec
 import numpy as np
@@ -138,9 +139,7 @@ def test_several_frames_are_refused_with_the_way_to_split(tmp_path, volume):
         read_image(_write(sitk.JoinSeries([volume] * 3), tmp_path / "a.nii.gz"))
 
 
-@pytest.mark.parametrize(
-    "name", ["a.nii", "a.nii.gz", "a.mha", "a.mhd", "a.nrrd", "a.img", "a.png", "a.jpg", "a.tif"]
-)
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.mha", "a.mhd", "a.nrrd", "a.img", "a.png", "a.jpg", "a.tif"])
 @pytest.mark.parametrize("keep", [0.0, 0.02, 0.5, 0.98])
 @pytest.mark.parametrize("packed", [False, True])
 def test_truncated_files_are_refused(tmp_path, volume, name, keep, packed):
@@ -172,6 +171,64 @@ def test_unusable_voxels(tmp_path, volume, change, message):
     image = sitk.GetImageFromArray(values, isVector=values.ndim == 4)
     with pytest.raises(ImageError, match=message):
         read_image(_write(image, tmp_path / "a.mha"))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "name", ["a.nii", "a.nii.gz", "a.hdr", "a.img", "a.img.gz", "a.mha", "a.mhd", "a.nrrd", "a.tif"]
+)
+def test_no_format_hides_voxels_that_are_not_numbers(tmp_path, volume, name, kind, value):
+    values = sitk.GetArrayFromImage(volume).astype(kind)
+    values[-1, -1, -1] = value  # the last voxel, so that every block is looked at
+    if name == "a.tif":
+        values = values[-1].astype(np.float32)
+    with pytest.raises(ImageError, match=rf"{name}: 1 of {values.size} voxels are NaN or infinite"):
+        read_image(_write(sitk.GetImageFromArray(values), tmp_path / name))
+
+
+def _swapped(header, voxels):
+    """The NIfTI-1 file in the other byte order."""
+    made = bytearray(header)
+    for start, count, size in ((0, 1, 4), (40, 8, 2), (68, 4, 2), (76, 8, 4), (108, 3, 4), (252, 2, 2), (256, 18, 4)):
+        field = np.frombuffer(header, f"<u{size}", count, start)
+        made[start : start + size * count] = field.astype(f">u{size}").tobytes()
+    return bytes(made) + voxels.astype(">f4").tobytes()
+
+
+@pytest.mark.parametrize("layout", ["swapped", "late voxels"])
+def test_every_nifti_layout_is_checked(tmp_path, volume, layout):
+    path = _write(sitk.Cast(volume, sitk.sitkFloat32), tmp_path / "a.nii")
+    header = path.read_bytes()[:352]
+    voxels = sitk.GetArrayFromImage(volume).astype(np.float32)
+
+    def write():
+        if layout == "late voxels":
+            late = bytearray(header)
+            struct.pack_into("<f", late, 108, 400.0)
+            path.write_bytes(bytes(late) + bytes(48) + voxels.tobytes())
+        else:
+            path.write_bytes(_swapped(header, voxels))
+
+    write()
+    np.testing.assert_array_equal(np.sort(read_image(path).array, axis=None), np.sort(voxels, axis=None))
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ImageError, match="truncated"):
+        read_image(path)
+    voxels[2, 3, 4] = np.nan
+    write()
+    with pytest.raises(ImageError, match=rf"1 of {voxels.size} voxels are NaN"):
+        read_image(path)
+
+
+def test_labels_that_are_not_numbers_are_refused(tmp_path, volume):
+    geometry = read_image(_write(volume, tmp_path / "image.nii.gz")).geometry
+    values = (sitk.GetArrayFromImage(volume) > 450).astype(np.float32)
+    values[0, 0, 0] = np.nan
+    labels = sitk.GetImageFromArray(values)
+    labels.CopyInformation(volume)
+    with pytest.raises(ImageError, match="NaN"):
+        read_labels(_write(labels, tmp_path / "a.nii.gz"), geometry)
 
 
 def test_what_is_not_an_image(tmp_path):
