@@ -10,12 +10,10 @@ study/
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
 import socket
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,21 +50,6 @@ class StudyFolder:
     def transform(self, pair: str) -> Path:
         """The displacement field of a pair; the name is safe whatever the pair is called."""
         return self.transforms / f"{subject_key(pair)}.h5"
-
-    def reserve(self, size: int) -> None:
-        """Make sure that `size` bytes can be written, for writers that do not survive a full disk (HDF5).
-
-        Raises:
-            OSError: ENOSPC, EDQUOT or EFBIG, naming the folder.
-        """
-        self.transforms.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=self.transforms) as probe:
-            try:
-                os.posix_fallocate(probe.fileno(), 0, size)
-            except OSError as error:
-                if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot reserve
-                    return
-                raise OSError(error.errno, error.strerror, str(self.transforms)) from None
 
     def read_run(self) -> dict[str, Any] | None:
         """The record of what the folder was made with, or None for a new folder.

@@ -10,7 +10,9 @@ without it is not finished.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ import SimpleITK as sitk  # noqa: N813 (its own documentation's name)
 
 from storage.atomic import replace_file
 from storage.geometry import Geometry, from_file_axes, to_file_axes
+
+HDF5_OVERHEAD = 1 << 16  # bytes
 
 
 class TransformError(ValueError):
@@ -45,18 +49,22 @@ def write_transform(
 
     Raises:
         ValueError: for a suffix other than .h5, a field of another shape, or NaN or infinite displacements.
-        OSError: naming the file, for example when the disk is full.
+        OSError: naming the file, with the system's errno, for example when the disk is full.
     """
     target = Path(path)
     if target.suffix != ".h5":
         raise ValueError(f"{target}: transforms are written as .h5")
     transform = sitk.DisplacementFieldTransform(ddf_to_itk(ddf, geometry, moving))
     _sidecar(target).unlink(missing_ok=True)
+    size = 8 * geometry.source_dimension * ddf[0].size + HDF5_OVERHEAD
     with replace_file(target) as temporary:
+        _reserve(temporary, size)
         try:
             sitk.WriteTransform(transform, str(temporary))
         except RuntimeError as error:
-            raise OSError(f"{target}: could not be written; is the disk full?") from error
+            free = os.statvfs(target.parent)
+            code = errno.ENOSPC if free.f_bavail * free.f_frsize < size else errno.EIO
+            raise OSError(code, os.strerror(code), str(target)) from error
     with replace_file(_sidecar(target)) as temporary:
         temporary.write_text(json.dumps(signature, sort_keys=True, indent=1))
 
@@ -160,6 +168,18 @@ def _pitches(fixed: Geometry, moving: Geometry | None) -> tuple[npt.NDArray[np.f
 def _pixels(shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
     """Index (x, y, z) of every voxel, [z, y, x, 3]."""
     return np.moveaxis(np.indices(shape[:3], dtype=np.float64), 0, -1)[..., ::-1]
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make sure of the space before HDF5 needs it: it ends the process when a write of its own fails."""
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    with path.open("wb") as stream:
+        try:
+            os.posix_fallocate(stream.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot reserve
+                raise
 
 
 def _sidecar(path: Path) -> Path:

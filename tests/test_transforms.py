@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +27,8 @@ from storage.transforms import (
     transform_signature,
     write_transform,
 )
+
+REPO = Path(__file__).resolve().parents[1]
 
 
 def _smooth_field(geometry: Geometry, amplitude: float) -> np.ndarray:
@@ -154,6 +161,34 @@ def test_same_field_gives_the_same_bytes(tmp_path):
     for name in ("a.h5", "b.h5"):
         write_transform(tmp_path / name, _smooth_field(geometry, 1.0), geometry, {})
     assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+
+
+@pytest.mark.parametrize("limit", [200, 60_000])
+def test_a_full_disk_is_an_error_with_its_number_and_no_crash(tmp_path, limit):
+    """A limit on file size stands in for the full disk; the process must also end well."""
+    code = f"""
+import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+import numpy as np
+from storage.geometry import Geometry
+from storage.transforms import write_transform
+geometry = Geometry((4, 50, 60), (2.0, 1.0, 1.0))
+try:
+    write_transform({str(tmp_path)!r} + "/out/t.h5", np.zeros((3, *geometry.shape)), geometry, {{}})
+except OSError as error:
+    print(error.errno, error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        capture_output=True,
+        text=True,
+        cwd=REPO,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{errno.EFBIG} ")
+    assert str(tmp_path / "out" / "t.h5") in done.stdout
+    assert os.listdir(tmp_path / "out") == []
 
 
 def test_bad_fields_and_files(tmp_path):

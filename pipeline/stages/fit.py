@@ -25,10 +25,9 @@ from storage.landmarks import read_landmarks
 from storage.transforms import write_transform
 
 if TYPE_CHECKING:  # these load torch, which only a process that fits needs
-    from pipeline.algorithms.ddf import FitConfig, FitResult
+    from pipeline.algorithms.ddf import FitResult
+    from pipeline.algorithms.fit_config import FitConfig
     from pipeline.algorithms.roi_fields import Roi, RoiPair
-
-HDF5_OVERHEAD = 1 << 16  # bytes
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,6 @@ def fit_pair(
     )
     seconds = time.perf_counter() - start
     rows = evaluate(known_fixed, known_moving, result)
-    folder.reserve(8 * result.ddf.size + HDF5_OVERHEAD)
     signature = {"pair": pair.pair, "moving": pair.moving, "fixed": pair.fixed, "key": pair.fit_key}
     write_transform(folder.transform(pair.pair), result.ddf, fixed.geometry, signature, moving.geometry)
     shared = {
