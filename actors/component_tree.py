@@ -36,6 +36,7 @@ class ComponentTreeConfig:
 
     Attributes:
         levels: quantile levels of each tree.
+        even_levels: further levels at even steps of intensity, which separate small objects of strong contrast.
         delta: levels between a component and the two areas that its stability compares.
         min_stability: components at or below are dropped, 0..1.
         min_area, max_area: share of the slice that a component may cover; never under `min_pixels`.
@@ -46,6 +47,7 @@ class ComponentTreeConfig:
 
     name: Literal["component_tree"] = "component_tree"
     levels: int = 48
+    even_levels: int = 16
     delta: int = 2
     min_stability: float = 0.2
     min_area: float = 0.0015
@@ -110,7 +112,7 @@ def _grey(slices: npt.NDArray[np.uint8]) -> Float:
 def _components(image: Float, config: ComponentTreeConfig) -> tuple[npt.NDArray[np.bool_], Float]:
     """Stable components {image >= t} of one slice, most stable first: bool [n, H, W] and stability [n]."""
     flat = image.ravel()
-    levels = np.unique(np.quantile(flat, np.linspace(0, 1, config.levels + 2)[1:-1]))
+    levels = _levels(flat, config)
     labelled = [ndimage.label(image >= level) for level in levels]
     labels = np.stack([label.ravel() for label, _ in labelled])
     areas = [np.bincount(label, minlength=count + 1) for label, (_, count) in zip(labels, labelled, strict=True)]
@@ -134,7 +136,14 @@ def _components(image: Float, config: ComponentTreeConfig) -> tuple[npt.NDArray[
     return masks.reshape(len(keep), *image.shape), table[keep, 4].astype(np.float32)
 
 
-def _first_pixel(label: npt.NDArray[np.int32], count: int) -> npt.NDArray[np.int64]:
+def _levels(flat: Float, config: ComponentTreeConfig) -> npt.NDArray[np.float64]:
+    """Quantiles of the intensities, and even steps between the extreme ones, ascending."""
+    by_rank = np.quantile(flat, np.linspace(0, 1, config.levels + 2)[1:-1])
+    by_value = np.linspace(by_rank[0], by_rank[-1], config.even_levels + 2)[1:-1]
+    return np.unique(np.concatenate([by_rank, by_value]))
+
+
+def _first_pixel(label: npt.NDArray[np.signedinteger[Any]], count: int) -> npt.NDArray[np.int64]:
     """Flat index of the first pixel of each component, [count + 1]."""
     first = np.zeros(count + 1, np.int64)
     first[label[::-1]] = np.arange(label.size - 1, -1, -1)
@@ -142,7 +151,7 @@ def _first_pixel(label: npt.NDArray[np.int32], count: int) -> npt.NDArray[np.int
 
 
 def _nested_overlap(
-    labels: npt.NDArray[np.int32],
+    labels: npt.NDArray[np.signedinteger[Any]],
     level: npt.NDArray[np.int64],
     component: npt.NDArray[np.int64],
     anchor: npt.NDArray[np.int64],
@@ -200,7 +209,7 @@ def _rank(image: Float) -> Float:
 def _soft_bins(values: Float, bins: int) -> Float:
     """Linear soft assignment of values 0..1 to `bins` centres: [bins, H, W], sums to 1."""
     centres = np.arange(bins, dtype=np.float32)[:, None, None]
-    return np.clip(1 - np.abs(values * (bins - 1) - centres), 0, None)
+    return np.asarray(np.clip(1 - np.abs(values * (bins - 1) - centres), 0, None), dtype=np.float32)
 
 
 def _position(grey: Float, stride: int) -> Float:
@@ -226,4 +235,4 @@ def _shrink(values: Float, stride: int, axis: int) -> Float:
     pad[axis] = (0, -size % stride)
     padded = np.pad(values, pad, mode="edge")
     shape = (*values.shape[:axis], -(-size // stride), stride, *values.shape[axis + 1 :])
-    return np.add.reduce(padded.reshape(shape), axis=axis + 1) / np.float32(stride)
+    return np.asarray(np.add.reduce(padded.reshape(shape), axis=axis + 1) / np.float32(stride), dtype=np.float32)

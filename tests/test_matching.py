@@ -165,7 +165,7 @@ def test_affines_recover_a_map_despite_outliers() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_few_points_give_a_translation_like_map(count: int) -> None:
     fixed = np.array([[0.0, 0, 0], [0, 10, 0], [0, 0, 10]])[:count]
-    found = ridge_affine(fixed, fixed + [1.0, 2, 3], np.ones(count), prior_mm=20.0)
+    found = ridge_affine(fixed, fixed + np.array([1.0, 2, 3]), np.ones(count), prior_mm=20.0)
     np.testing.assert_allclose(found[:3, 3], [1, 2, 3], atol=1e-9)
     np.testing.assert_allclose(found[:3, :3], np.eye(3), atol=1e-9)
 

@@ -85,7 +85,8 @@ def test_area_average_weights_sum_to_the_area_in_cells() -> None:
 
 
 def test_roi_under_one_cell_is_reported() -> None:
-    _, valid = pool(np.ones((3, 4, 4), np.float32), masks((0, 0, 2, 2), (0, 0, 9, 9)), (4, 4), ONE_BLOCK, PrototypeConfig())
+    stack = masks((0, 0, 2, 2), (0, 0, 9, 9))
+    _, valid = pool(np.ones((3, 4, 4), np.float32), stack, (4, 4), ONE_BLOCK, PrototypeConfig())
     assert valid.tolist() == [False, True]
 
 

@@ -40,9 +40,7 @@ def ridge_affine(fixed: Points, moving: Points, weight: Weights, prior_mm: float
     return matrix
 
 
-def robust_affine(
-    fixed: Points, moving: Points, weight: Weights, prior_mm: float, iterations: int = 10
-) -> Affine:
+def robust_affine(fixed: Points, moving: Points, weight: Weights, prior_mm: float, iterations: int = 10) -> Affine:
     """`ridge_affine` of [N, 3] points with Cauchy weights at twice the median residual, reweighted iteratively."""
     matrix = ridge_affine(fixed, moving, weight, prior_mm)
     for _ in range(iterations):

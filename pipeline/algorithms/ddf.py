@@ -27,7 +27,6 @@ from pipeline.algorithms.bspline import ControlGrid, Lattice, compose, resample,
 from pipeline.algorithms.fit_config import FitConfig, Level
 from pipeline.algorithms.roi_fields import Points, RoiFields, RoiPair
 
-
 _FEWEST_FOR_AFFINE = 3
 _NO_LINEAR_PART_MM = 1e6
 _SMALLEST_JACOBIAN = 0.05
@@ -154,9 +153,7 @@ def _overlap(rois: RoiFields, points: Points, affine: Affine, u: Lattice, tau: f
     return 2 * both / (a + b).clamp_min(1e-6)
 
 
-def _reweighted(
-    rois: RoiFields, points: Points, affine: Affine, u: Lattice, tau: float, power: float
-) -> Tensor:
+def _reweighted(rois: RoiFields, points: Points, affine: Affine, u: Lattice, tau: float, power: float) -> Tensor:
     """ROI weights lowered where a pair stays apart compared with the better part of the pairs."""
     if not power:
         return rois.weight

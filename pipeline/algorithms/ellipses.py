@@ -34,12 +34,10 @@ def overlap(centre_a: Array, cov_a: Array, centre_b: Array, cov_b: Array) -> Arr
     dy, dx = (centre_a - centre_b).T
     distance = (xx * dy * dy - 2 * yx * dy * dx + yy * dx * dx) / determinant
     product = (cov_a[:, 0] * cov_a[:, 2] - cov_a[:, 1] ** 2) * (cov_b[:, 0] * cov_b[:, 2] - cov_b[:, 1] ** 2)
-    return np.sqrt(product) / determinant * np.exp(-distance / 4)
+    return np.asarray(np.sqrt(product) / determinant * np.exp(-distance / 4))
 
 
-def may_overlap(
-    centre_a: Array, cov_a: Array, centre_b: Array, cov_b: Array, least: float
-) -> npt.NDArray[np.bool_]:
+def may_overlap(centre_a: Array, cov_a: Array, centre_b: Array, cov_b: Array, least: float) -> npt.NDArray[np.bool_]:
     """Which of [N] and [M] ellipses can reach an `overlap` of `least`, 0..1, or could if moved a little: bool [N, M].
 
     Overlap needs exp(-d^2 / (4 lambda)) > least, with lambda the mean of the two largest variances; twice that d^2

@@ -135,9 +135,7 @@ def match(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchC
     return _matches(i[order], j[order], score[order], similarity)
 
 
-def slice_window(
-    moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchConfig
-) -> npt.NDArray[np.bool_]:
+def slice_window(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchConfig) -> npt.NDArray[np.bool_]:
     """Which pairs lie in the window of slices: bool [N_moving, N_fixed]."""
     reach = config.slice_range + 1e-9
     if config.slice_unit == "mm":
@@ -147,7 +145,7 @@ def slice_window(
     if config.slice_unit == "relative":
         here, there = (here + 0.5) / moving.n_slices, (there + 0.5) / fixed.n_slices
     near = np.abs(here[:, None] - there) <= reach
-    return near[moving.slice][:, fixed.slice]
+    return np.asarray(near[moving.slice][:, fixed.slice])
 
 
 def _positions(chosen: npt.NDArray[np.bool_]) -> tuple[Index, Index]:

@@ -88,17 +88,21 @@ def _coverage(cells: int, pixels: int, extent: float) -> Float:
     edges = np.arange(pixels + 1) * extent / pixels
     low = np.maximum(edges[:-1], np.arange(cells)[:, None])
     high = np.minimum(edges[1:], np.arange(1, cells + 1)[:, None])
-    return np.clip(high - low, 0, None).astype(np.float32)
+    return np.asarray(np.clip(high - low, 0, None), dtype=np.float32)
 
 
 def _mean(weights: Float, flat: Float) -> Float:
     """Weighted mean of features [C, h*w] under weights [n, h, w]: [n, C]."""
     total = weights.sum(axis=(1, 2))
-    return np.asarray(weights.reshape(len(weights), flat.shape[1]) @ flat.T / np.maximum(total, 1e-6)[:, None], np.float32)
+    summed = weights.reshape(len(weights), flat.shape[1]) @ flat.T
+    return np.asarray(summed / np.maximum(total, 1e-6)[:, None], dtype=np.float32)
 
 
 def _unit(values: Float) -> Float:
-    return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), np.float32(1e-8))
+    norm = np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-8)
+    return np.asarray(values / norm, dtype=np.float32)
+        values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), np.float32(1e-8)), dtype=np.float32
+    )
 
 
 def _own_weight(name: str, layout: Mapping[str, Any], config: PrototypeConfig) -> float:
@@ -124,7 +128,7 @@ def _rings(masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
 
 def _area_code(masks: npt.NDArray[np.bool_]) -> Float:
     share = np.log2(np.maximum(masks.mean(axis=(1, 2)), 1e-5))
-    return np.exp(-0.5 * (share[:, None] - _AREA_OCTAVES) ** 2).astype(np.float32)
+    return np.asarray(np.exp(-0.5 * (share[:, None] - _AREA_OCTAVES) ** 2), dtype=np.float32)
 
 
 def _shape_code(masks: npt.NDArray[np.bool_]) -> Float:

@@ -226,4 +226,4 @@ def _margin(spacing_mm: tuple[float, float, float], margin_mm: float, slab: bool
 
 
 def _centroid(roi: Roi, spacing_mm: tuple[float, float, float]) -> npt.NDArray[np.float64]:
-    return (np.argwhere(roi.mask).mean(0) + roi.offset) * np.asarray(spacing_mm)
+    return np.asarray((np.argwhere(roi.mask).mean(0) + roi.offset) * np.asarray(spacing_mm))

@@ -40,7 +40,7 @@ def affine_ddf(
     """The DDF of an affine map of fixed-frame positions: float32 [3, D, H, W] in mm."""
     points = grid_points(shape, spacing_mm)
     moved = np.einsum("ij,jzyx->izyx", matrix[:3, :3], points) + matrix[:3, 3, None, None, None]
-    return (moved - points).astype(np.float32)
+    return np.asarray((moved - points), dtype=np.float32)
 
 
 def moving_indices(
@@ -53,12 +53,10 @@ def moving_indices(
     points = grid_points(ddf.shape[1:], spacing_mm) + ddf
     back = np.linalg.inv(moving_to_fixed)
     local = np.einsum("ij,jzyx->izyx", back[:3, :3], points) + back[:3, 3, None, None, None]
-    return local / np.asarray(moving_spacing_mm)[:, None, None, None]
+    return np.asarray(local / np.asarray(moving_spacing_mm)[:, None, None, None])
 
 
-def warp_image(
-    image: npt.NDArray[np.floating], indices: Array, fill: float = 0.0
-) -> npt.NDArray[np.float32]:
+def warp_image(image: npt.NDArray[np.floating], indices: Array, fill: float = 0.0) -> npt.NDArray[np.float32]:
     """Linear resampling of moving [Dm, Hm, Wm] at `indices` [3, D, H, W]; `fill` outside."""
     sampled = ndimage.map_coordinates(
         image.astype(np.float32), _inside(indices, image.shape), order=1, mode="constant", cval=fill
@@ -84,13 +82,11 @@ def _inside(indices: Array, shape: tuple[int, ...]) -> Array:
     return clamped
 
 
-def warp_points(
-    points_mm: Array, ddf: npt.NDArray[np.floating], spacing_mm: tuple[float, float, float]
-) -> Array:
+def warp_points(points_mm: Array, ddf: npt.NDArray[np.floating], spacing_mm: tuple[float, float, float]) -> Array:
     """Map fixed-local points [N, 3] (mm) to fixed-frame moving positions [N, 3] (mm), linear in the DDF.
 
     Points outside the grid take the displacement of the nearest voxel.
     """
     index = (points_mm / np.asarray(spacing_mm)).T
     shift = [ndimage.map_coordinates(component, index, order=1, mode="nearest") for component in ddf]
-    return points_mm + np.stack(shift, axis=1)
+    return np.asarray(points_mm + np.stack(shift, axis=1))
