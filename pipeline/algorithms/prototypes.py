@@ -101,8 +101,6 @@ def _mean(weights: Float, flat: Float) -> Float:
 def _unit(values: Float) -> Float:
     norm = np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-8)
     return np.asarray(values / norm, dtype=np.float32)
-        values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), np.float32(1e-8)), dtype=np.float32
-    )
 
 
 def _own_weight(name: str, layout: Mapping[str, Any], config: PrototypeConfig) -> float:
