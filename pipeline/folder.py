@@ -23,8 +23,10 @@ from typing import Any
 import yaml
 
 from pipeline.errors import UsageError
-from storage.atomic import replace_file
+from storage import tables
+from storage.atomic import clear_abandoned, replace_file
 from storage.cohort import subject_key
+from storage.embeddings import EmbeddingStore
 
 
 class FolderError(UsageError):
@@ -50,6 +52,12 @@ class StudyFolder:
     def transform(self, pair: str) -> Path:
         """The displacement field of a pair; the name is safe whatever the pair is called."""
         return self.transforms / f"{subject_key(pair)}.h5"
+
+    def clear_abandoned(self) -> None:
+        """Delete what killed writers left half done; once at the start of a run, under the lock."""
+        folders = [self.root, self.transforms, *(self.root / name for name in tables.SCHEMAS)]
+        clear_abandoned(folders)
+        EmbeddingStore(self.embeddings).clear_abandoned()
 
     def read_run(self) -> dict[str, Any] | None:
         """The record of what the folder was made with, or None for a new folder.

@@ -92,7 +92,9 @@ def _done(folder: StudyFolder, subjects: Mapping[str, Any], pairs: Mapping[str, 
     fit = {name for name, keys in planned.items() if (name, keys["fit"]) in fitted and folder.transform(name).exists()}
     return {
         "encode": {n for n, k in subjects.items() if k and _digest(store.signature(n)) == k["encode"]},
-        "prototypes": {n for n, k in subjects.items() if k and _pooled(store, n) == k["prototypes"]},
+        "prototypes": {
+            n for n, k in subjects.items() if k and _digest(store.prototypes_signature(n)) == k["prototypes"]
+        },
         "match": {
             name
             for name, keys in planned.items()
@@ -109,11 +111,6 @@ def _pair_keys(root: Path, name: str) -> list[tuple[str, str]]:
 
 def _digest(signature: dict[str, Any] | None) -> str | None:
     return None if signature is None else digest(signature)
-
-
-def _pooled(store: EmbeddingStore, subject: str) -> str | None:
-    found = store.read_prototypes(subject)
-    return None if found is None else digest(found[0])
 
 
 def describe_status(status: Status, shown: int = 20) -> str:

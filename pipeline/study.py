@@ -81,6 +81,7 @@ def run_study(
     folder = StudyFolder(Path(out).absolute())
     try:
         with folder.lock(), open_executor(config.execution) as executor:
+            folder.clear_abandoned()
             study = Study(config, cohort, folder, executor, reporter or Reporter())
             return study.run(pairs, unknown, overwrite)
     except OSError as error:

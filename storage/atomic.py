@@ -6,9 +6,12 @@ import fcntl
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_TOKEN_LENGTH = 8
+_LOCK = re.compile(rf"\..+\.[0-9a-f]{{{_TOKEN_LENGTH}}}\.lock")
 
 
 @contextmanager
@@ -16,16 +19,15 @@ def replace_file(path: Path) -> Iterator[Path]:
     """Yield a hidden file beside `path` to write to; it takes the place of `path` on a clean exit.
 
     The hidden file keeps the suffix, because some writers choose their format by it. A lock file beside it is
-    held while its writer lives, so that the next writer of the same path can clear what a killed one left.
+    held while its writer lives, so that `clear_abandoned` can tell what a killed one left.
 
     Raises:
         OSError: naming `path`, for example when the disk is full; `path` is then as it was before.
     """
-    name = f".{path.name}.{secrets.token_hex(4)}"
+    name = f".{path.name}.{secrets.token_hex(_TOKEN_LENGTH // 2)}"
     temporary, lock = path.with_name(name + path.suffix), path.with_name(f"{name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _clear_abandoned(path)
         with lock.open("wb") as held:
             fcntl.flock(held, fcntl.LOCK_EX)
             yield temporary
@@ -58,10 +60,18 @@ def is_abandoned(locked_file: Path) -> bool:
     return True
 
 
-def _clear_abandoned(path: Path) -> None:
-    pattern = re.compile(rf"(\.{re.escape(path.name)}\.[0-9a-f]{{8}})\.lock")
-    for name in os.listdir(path.parent):
-        match = pattern.fullmatch(name)
-        if match and is_abandoned(path.parent / name):
-            path.with_name(match[1] + path.suffix).unlink(missing_ok=True)
-            path.with_name(name).unlink(missing_ok=True)
+def clear_abandoned(folders: Iterable[Path]) -> None:
+    """Delete the hidden files that killed writers left in these folders; call it once, before writing many."""
+    for folder in folders:
+        for lock in _locks(folder):
+            if is_abandoned(lock):
+                name = lock.name.removesuffix(".lock")  # .<name>.<token>
+                suffix = Path(name[1 : -_TOKEN_LENGTH - 1]).suffix
+                lock.with_name(name + suffix).unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)
+
+
+def _locks(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [folder / name for name in os.listdir(folder) if _LOCK.fullmatch(name)]

@@ -26,7 +26,7 @@ from typing import Any
 import numpy.typing as npt
 import zarr
 
-from storage.atomic import is_abandoned, named_error, replace_file
+from storage.atomic import clear_abandoned, is_abandoned, named_error, replace_file
 from storage.cohort import subject_key
 from storage.columns import create_column, read_column
 from storage.geometry import Geometry
@@ -133,6 +133,18 @@ class EmbeddingStore:
             group.attrs.update({"signature": signature, "arrays": list(arrays), "complete": True})
             self._move_in(folder, self._folder(subject) / "prototypes")
 
+    def has_features(self, subject: str) -> bool:
+        """Whether a subject is whole and its feature maps were not dropped."""
+        record = _complete_attributes(self._folder(subject))
+        return record is not None and record["features"] == "kept"
+
+    def prototypes_signature(self, subject: str) -> dict[str, Any] | None:
+        """Signature of the prototype stage, None when the subject or its prototypes are absent; reads no array."""
+        record = _complete_attributes(self._folder(subject) / "prototypes")
+        if record is None or _complete_attributes(self._folder(subject)) is None:
+            return None
+        return dict(record["signature"])
+
     def read_prototypes(self, subject: str) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]] | None:
         """Signature and arrays of the prototype stage, None when the subject or its prototypes are absent."""
         folder = self._folder(subject) / "prototypes"
@@ -155,6 +167,14 @@ class EmbeddingStore:
         with replace_file(folder / "zarr.json") as temporary:
             temporary.write_text(json.dumps(metadata))
         shutil.rmtree(folder / "features", ignore_errors=True)
+
+    def clear_abandoned(self) -> None:
+        """Delete what killed writers left in the store and beside it."""
+        if self.root.is_dir():
+            clear_abandoned([self.root, *(path for path in self.root.iterdir() if path.is_dir())])
+        for lock in self._aside.glob("*.lock"):
+            if is_abandoned(lock):
+                _remove_aside(lock)
 
     def _folder(self, subject: str) -> Path:
         return self.root / subject_key(subject)
@@ -179,7 +199,6 @@ class EmbeddingStore:
         name = f"{key}-{secrets.token_hex(4)}"
         try:
             self._aside.mkdir(parents=True, exist_ok=True)
-            self._clear_abandoned(key)
             with (self._aside / f"{name}.lock").open("wb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 yield self._aside / name
@@ -187,11 +206,6 @@ class EmbeddingStore:
             raise named_error(error, self.root / key) from error.__cause__
         finally:
             _remove_aside(self._aside / f"{name}.lock")
-
-    def _clear_abandoned(self, key: str) -> None:
-        for lock in self._aside.glob("*.lock"):
-            if re.fullmatch(re.escape(key) + r"-[0-9a-f]{8}", lock.stem) and is_abandoned(lock):
-                _remove_aside(lock)
 
     def _move_in(self, folder: Path, target: Path) -> None:
         old = folder.with_name(f"{folder.name}.old")

@@ -1,10 +1,12 @@
 """Result tables: Parquet datasets of parts, each part written by one unit of work, whole or not at all.
 
-<root>/<table>/<part>.parquet
+<root>/<table>/<part>.parquet, where a part's name is its file name: letters, digits and `. _ ~ -`. For a subject
+or pair, which may be called anything, it is `storage.cohort.subject_key` of the name.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.atomic import replace_file
-from storage.cohort import subject_key
 from storage.schemas import CORRESPONDENCES, FAILURES, METRICS, ROIS, RUNS, SCHEMA_VERSION, SCHEMAS
 
 __all__ = [
@@ -34,6 +35,9 @@ __all__ = [
     "table_from_rows",
     "write_part",
 ]
+
+
+_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~-]{0,127}")
 
 
 class TableError(ValueError):
@@ -63,7 +67,7 @@ def write_part(root: str | Path, table_name: str, part: str, table: pa.Table) ->
     """Write one part, replacing it; columns are cast to the pinned types and order.
 
     Raises:
-        TableError: when the columns are not those of the table.
+        TableError: when the columns are not those of the table, or for a part that is no plain file name.
         OSError: naming the part, for example when the disk is full.
     """
     schema = _schema(table_name)
@@ -103,9 +107,9 @@ def read_table(root: str | Path, table_name: str) -> pa.Table:
 
 
 def part_names(root: str | Path, table_name: str) -> list[str]:
-    """File names (without suffix) of the finished parts of a table, sorted."""
+    """Names of the finished parts of a table, sorted."""
     _schema(table_name)
-    return sorted(p.stem for p in (Path(root) / table_name).glob("*.parquet") if not p.name.startswith("."))
+    return sorted(p.stem for p in (Path(root) / table_name).glob("*.parquet") if _PART.fullmatch(p.stem))
 
 
 def remove_part(root: str | Path, table_name: str, part: str) -> None:
@@ -134,7 +138,9 @@ def _schema(name: str) -> pa.Schema:
 
 def _part_path(root: Path, table_name: str, part: str) -> Path:
     _schema(table_name)
-    return root / table_name / f"{subject_key(part)}.parquet"
+    if not _PART.fullmatch(part):
+        raise TableError(f"{part!r} cannot name a part of a table; use storage.cohort.subject_key of it")
+    return root / table_name / f"{part}.parquet"
 
 
 def _read(path: Path, table_name: str) -> pa.Table:

@@ -13,7 +13,7 @@ import yaml
 from pipeline import phantom
 from pipeline.folder import StudyFolder
 from storage import tables
-from storage.cohort import Cohort, Subject, read_cohort, write_cohort
+from storage.cohort import Cohort, Subject, read_cohort, subject_key, write_cohort
 from storage.embeddings import EmbeddingStore
 from storage.images import read_image, read_labels
 from storage.signature import digest
@@ -64,7 +64,7 @@ def _encode(folder: StudyFolder, subject: Subject) -> list[tuple[int, int]]:
             writer.add_slice(z, np.zeros((2, 4, 4)), masks, ones, ones)
             rois += [(z, v) for v in values]
     rows = [{"subject": subject.subject, "roi": i, "slice": z} for i, (z, _) in enumerate(rois)]
-    tables.write_part(folder.root, "rois", subject.subject, tables.table_from_rows("rois", rows))
+    tables.write_part(folder.root, "rois", subject_key(subject.subject), tables.table_from_rows("rois", rows))
     store.write_prototypes(subject.subject, {"p": 1}, {"roi": np.arange(len(rois))})
     return rois
 
@@ -87,7 +87,8 @@ def _write_rows(folder: StudyFolder, moving: Subject, fixed: Subject, rois: dict
         }
         for rank, roi in enumerate(both)
     ]
-    tables.write_part(folder.root, "correspondences", pair, tables.table_from_rows("correspondences", matches))
+    part = subject_key(pair)
+    tables.write_part(folder.root, "correspondences", part, tables.table_from_rows("correspondences", matches))
     dice = {"dice_before": 0.5, "dice_centered": 0.55, "dice_affine": 0.7, "dice": quality}
     tre = {"tre_mm_before": 6.0, "tre_mm_affine": 3.0, "tre_mm": 1.0}
     fit = {
@@ -101,7 +102,7 @@ def _write_rows(folder: StudyFolder, moving: Subject, fixed: Subject, rois: dict
     rows = [
         {**names, "label": label, **dice, **tre, **fit, "seconds_match": 0.01, "seconds_fit": 0.5} for label in range(3)
     ]
-    tables.write_part(folder.root, "metrics", pair, tables.table_from_rows("metrics", rows))
+    tables.write_part(folder.root, "metrics", part, tables.table_from_rows("metrics", rows))
 
 
 def _write_records(folder: StudyFolder, subjects: list[Subject], pairs: list[str]) -> None:

@@ -108,6 +108,7 @@ def test_rewriting_replaces(store):
     content = _write(store, "p", {"v": 2}, seed=1)
     assert store.signature("p") == {"v": 2}
     assert store.read_prototypes("p") is None
+    assert store.prototypes_signature("p") is None
     np.testing.assert_array_equal(store.read("p").quality[:3], content[0][2])
 
 
@@ -152,6 +153,7 @@ def test_absent_subject(store):
     assert store.subjects() == []
     assert store.signature("p") is None
     assert store.read_prototypes("p") is None
+    assert store.prototypes_signature("p") is None
     for action in (store.read, store.drop_features):
         with pytest.raises(FileNotFoundError, match="no whole embedding of subject 'p'"):
             action("p")
@@ -174,6 +176,7 @@ def test_prototypes_keep_every_kind_of_array(store):
     }
     store.write_prototypes("p", {"pool": 1}, {"old": np.ones(1)})
     store.write_prototypes("p", {"pool": 2}, arrays)
+    assert store.prototypes_signature("p") == {"pool": 2}
     signature, read = store.read_prototypes("p")
     assert signature == {"pool": 2}
     assert list(read) == list(arrays)
@@ -215,7 +218,7 @@ for version in itertools.count():
 
 
 def test_killed_writer_leaves_a_whole_subject_or_none(store):
-    """SIGKILL at odd moments of rewriting: what is visible is always whole, and the next writer tidies."""
+    """SIGKILL at odd moments of rewriting: what is visible is always whole, and what is left is cleared."""
     aside = store.root.parent / ".embeddings.zarr.wip"
     left_behind = 0
     for delay in (0.0, 0.013, 0.029, 0.041):
@@ -233,6 +236,7 @@ def test_killed_writer_leaves_a_whole_subject_or_none(store):
             assert (np.asarray(read.features[:]) == signature["v"] + 1).all()
             assert read.masks().all()
     assert left_behind > 0
+    store.clear_abandoned()
     _write(store, "p", {"v": "after"})
     assert list(aside.iterdir()) == []
     assert store.signature("p") == {"v": "after"}
@@ -242,6 +246,7 @@ def test_live_writer_is_not_taken_for_a_dead_one(store):
     content = _slices()
     with store.writer("p", {"v": 1}, GEOMETRY, LAYOUT, (2.0, 3.5), (9, 11)) as slow:
         slow.add_slice(0, *content[0])
+        store.clear_abandoned()
         _write(store, "p", {"v": 2})
         for z in (1, 2, 3):
             slow.add_slice(z, *content[z])

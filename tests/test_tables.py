@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from storage.atomic import replace_file
+from storage.atomic import clear_abandoned, replace_file
+from storage.cohort import subject_key
 from storage.tables import (
     SCHEMA_VERSION,
     SCHEMAS,
@@ -84,10 +85,21 @@ def test_times_are_utc(tmp_path):
     assert read_table(tmp_path, "runs")["started"].to_pylist() == [now]
 
 
-def test_part_names_cannot_leave_the_table(tmp_path):
-    path = write_part(tmp_path / "study", "failures", "../../a b", _failures("u"))
-    assert path.parent == tmp_path / "study" / "failures"
-    assert read_part(tmp_path / "study", "failures", "../../a b").num_rows == 1
+@pytest.mark.parametrize("name", ["../../a b", "a/b", "", ".hidden", "..", "a b", "ü", "x" * 200])
+def test_a_part_is_called_by_its_file_name(tmp_path, name):
+    for use in (
+        lambda: write_part(tmp_path, "failures", name, _failures("u")),
+        lambda: read_part(tmp_path, "failures", name),
+        lambda: remove_part(tmp_path, "failures", name),
+    ):
+        with pytest.raises(TableError, match="cannot name a part"):
+            use()
+    write_part(tmp_path, "failures", subject_key(name), _failures("u"))
+    (listed,) = part_names(tmp_path, "failures")
+    assert listed == subject_key(name)
+    assert read_part(tmp_path, "failures", listed).num_rows == 1
+    remove_part(tmp_path, "failures", listed)
+    assert part_names(tmp_path, "failures") == []
 
 
 def test_columns_that_do_not_fit(tmp_path):
@@ -163,7 +175,7 @@ except OSError as error:
     assert os.listdir(tmp_path / "failures") == []
 
 
-def test_next_writer_clears_what_a_killed_one_left(tmp_path):
+def test_what_a_killed_writer_left_is_cleared_and_a_living_one_kept(tmp_path):
     code = f"""
 import os, signal
 from pathlib import Path
@@ -176,4 +188,6 @@ with replace_file(Path({str(tmp_path)!r}) / "a.parquet") as temporary:
     assert len(os.listdir(tmp_path)) == 2
     with replace_file(tmp_path / "a.parquet") as temporary:
         temporary.write_text("whole")
+        clear_abandoned([tmp_path, tmp_path / "none"])
+        assert len(os.listdir(tmp_path)) == 2
     assert os.listdir(tmp_path) == ["a.parquet"]

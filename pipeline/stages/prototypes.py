@@ -55,8 +55,8 @@ def plan(root: Path, store: EmbeddingStore, keys: Mapping[str, SubjectKeys]) -> 
     present = set(tables.part_names(root, "rois"))
     units = []
     for subject, key in keys.items():
-        stored = store.read_prototypes(subject)
-        if stored is None or stored[0] != key.prototypes_signature or subject_key(subject) not in present:
+        stored = store.prototypes_signature(subject)
+        if stored != key.prototypes_signature or subject_key(subject) not in present:
             units.append(PrototypeUnit(subject, key.prototypes_signature, key.prototypes))
     return units
 
@@ -86,7 +86,7 @@ def run_unit(
         raise NoRoiError(_why_none(embedding))
     columns = moments(embedding.masks(chosen), embedding.roi_slice[chosen], embedding.geometry.spacing_mm)
     rows = _roi_rows(unit, embedding, chosen, columns)
-    tables.write_part(root, "rois", unit.subject, tables.table_from_rows("rois", rows))
+    tables.write_part(root, "rois", subject_key(unit.subject), tables.table_from_rows("rois", rows))
     arrays = {"prototypes": pooled, "roi": chosen.astype(np.int32), **_match_arrays(embedding, chosen, columns)}
     store.write_prototypes(unit.subject, unit.signature, arrays)
     return Pooled(unit.subject, len(chosen))
@@ -127,7 +127,7 @@ def remove_stale(root: Path, subjects: Iterable[str], failed: Iterable[str]) -> 
     wanted = {subject_key(name) for name in subjects} - {subject_key(name) for name in failed}
     for part in tables.part_names(root, "rois"):
         if part not in wanted:
-            (root / "rois" / f"{part}.parquet").unlink(missing_ok=True)
+            tables.remove_part(root, "rois", part)
 
 
 def mean_prototype(store: EmbeddingStore, subject: str) -> npt.NDArray[np.float64]:
