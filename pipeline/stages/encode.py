@@ -44,10 +44,7 @@ def is_done(store: EmbeddingStore, subject: str, key: SubjectKeys) -> bool:
     """Whether nothing needs encoding: embeddings of this signature with features, or prototypes up to date."""
     if store.signature(subject) != key.encode_signature:
         return False
-    if store.read(subject).features is not None:
-        return True
-    pooled = store.read_prototypes(subject)
-    return pooled is not None and pooled[0] == key.prototypes_signature
+    return store.has_features(subject) or store.prototypes_signature(subject) == key.prototypes_signature
 
 
 def task(config: StudyConfig, store: Path) -> Task:
