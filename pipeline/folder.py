@@ -5,7 +5,8 @@ study/
   rois/ correspondences/ metrics/ failures/ runs/    Parquet
   transforms/           one ITK displacement field per pair
   run.yaml              resolved configuration, versions, digests
-  plan.json             the subjects, pairs and keys of the latest run, which `samreg status` compares with
+  plan.json             the subjects, pairs and keys of the latest run, which `samreg status` compares with, and
+                        its manifest, where `samreg report` finds the images
 """
 
 from __future__ import annotations

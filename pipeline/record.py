@@ -16,7 +16,7 @@ from pipeline.folder import FolderError, StudyFolder
 from pipeline.inputs import InputDigests
 from pipeline.keys import PlannedPair, SubjectKeys, encode_settings
 from storage import tables
-from storage.cohort import Pair
+from storage.cohort import Cohort, Pair, Subject
 from storage.signature import SignatureMismatch, check_signature, digest
 
 if TYPE_CHECKING:
@@ -80,18 +80,21 @@ def write_run(
 
 def write_plan(
     folder: StudyFolder,
-    subjects: Sequence[str],
+    cohort: Cohort,
     keys: Mapping[str, SubjectKeys],
     pairs: Sequence[Pair] | None,
     planned: Sequence[PlannedPair],
 ) -> None:
-    """Write `plan.json`: every subject and pair of this run with its keys; null where an input is unreadable."""
+    """Write `plan.json`: every subject and pair of this run with its keys, null where an input is unreadable.
+
+    It also keeps the manifest's rows, with absolute paths, so that a report finds the images again.
+    """
     by_name = {pair.pair: pair for pair in planned}
     folder.write_plan(
         {
             "subjects": {
                 name: {"encode": keys[name].encode, "prototypes": keys[name].prototypes} if name in keys else None
-                for name in subjects
+                for name in cohort.by_name()
             },
             "pairs": None
             if pairs is None
@@ -101,8 +104,15 @@ def write_plan(
                 else None
                 for pair in pairs
             },
+            "manifest": {subject.subject: _manifest_row(subject) for subject in cohort.subjects},
         }
     )
+
+
+def _manifest_row(subject: Subject) -> dict[str, str]:
+    row = dataclasses.asdict(subject)
+    del row["subject"]
+    return row
 
 
 def append_run(

@@ -18,11 +18,12 @@ from pipeline.errors import StudyError
 from pipeline.folder import FolderError, StudyFolder
 from pipeline.pairs import PairsError
 from pipeline.progress import SilentReporter
+from pipeline.report import write_report
 from pipeline.request import read_request
 from pipeline.status import read_status
 from pipeline.study import StudySummary, run_study
 from storage import tables
-from storage.cohort import Cohort, Pair, read_cohort
+from storage.cohort import Cohort, Pair, Subject, read_cohort
 from storage.embeddings import EmbeddingStore
 from storage.transforms import read_transform
 from tests import phantoms
@@ -120,6 +121,15 @@ def test_ray_and_serial_give_the_same_tables(finished: Path, cohort: Path, tmp_p
         here, there = read_transform(path), read_transform(out / "transforms" / path.name)
         fields = [sitk.GetArrayFromImage(transform.GetDisplacementField()) for transform in (here, there)]
         np.testing.assert_array_equal(*fields)
+
+
+def test_the_plan_remembers_the_manifest_for_the_report(study: Path, cohort: Path) -> None:
+    remembered = json.loads((study / "plan.json").read_text())["manifest"]
+    found = read_cohort(cohort)
+    assert {name: Subject(name, **row) for name, row in remembered.items()} == found.by_name()
+    text = write_report(study).read_text(encoding="utf-8")
+    assert "Worst: " in text
+    assert "No picture" not in text
 
 
 def test_running_again_does_nothing(study: Path, cohort: Path) -> None:
