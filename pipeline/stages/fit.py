@@ -164,8 +164,8 @@ def _crop(mask: npt.NDArray[np.bool_], z: int) -> Roi:
     from pipeline.algorithms.roi_fields import Roi
 
     ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    box = mask[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
-    return Roi(box[None], (z, int(ys[0]), int(xs[0])))
+    box = mask[None, ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
+    return Roi(box.copy(), (z, int(ys[0]), int(xs[0])))  # a view would keep every whole mask in memory
 
 
 def _flag(mean: Row, result: FitResult) -> str:
