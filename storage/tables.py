@@ -103,7 +103,9 @@ def read_table(root: str | Path, table_name: str) -> pa.Table:
     """
     folder = Path(root) / table_name
     parts = [_read(folder / f"{name}.parquet", table_name) for name in part_names(root, table_name)]
-    return pa.concat_tables(parts) if parts else _schema(table_name).empty_table()
+    if parts:
+        return pa.concat_tables(parts)
+    return pa.Table.from_batches([], _schema(table_name))  # Schema.empty_table() would import pandas
 
 
 def part_names(root: str | Path, table_name: str) -> list[str]:

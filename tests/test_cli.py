@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,28 @@ def test_run_then_status_then_run_again(cohort: Path, tmp_path: Path) -> None:
     missing = _samreg("status", out)
     assert missing.exit_code == 1
     assert missing.stdout.splitlines()[-1].split() == ["fit", "0", "0", "1"]
+
+
+HEAVY = {"torch", "torchvision", "ray", "matplotlib", "skimage", "segment_anything", "dask"}
+
+
+def test_commands_that_compute_nothing_load_nothing_heavy(cohort: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    run = ["run", "--cohort", str(cohort), "--out", str(out), "--set", f"fit={json.dumps(phantoms.QUICK_FIT)}"]
+    assert _samreg(*run).exit_code == 0
+    for command in (run, ["plan", *run[1:]], ["status", str(out)], ["config", "show"]):
+        packages = {name.split(".")[0] for name in _modules_loaded(*command)}
+        assert "pipeline" in packages
+        assert not packages & HEAVY, command
+        if command[0] in ("status", "config"):  # pyarrow imports pandas where it makes a table
+            assert "pandas" not in packages, command
+
+
+def _modules_loaded(*arguments: str) -> set[str]:
+    """Modules that a command imports before it ends well."""
+    command = [sys.executable, "-X", "importtime", *phantoms.command(*arguments)[1:]]
+    done = subprocess.run(command, env=phantoms.environment(), capture_output=True, encoding="utf-8", check=True)
+    return {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
 
 
 def test_a_failure_gives_exit_code_one(cohort: Path, tmp_path: Path) -> None:
