@@ -1,4 +1,4 @@
-"""Worker processes on Ray: one generic actor, and a pool that replaces the ones that die.
+"""Worker processes on Ray: the connection, one generic actor, and a pool that replaces the ones that die.
 
 The actor runs whatever function it is handed, one call at a time, so that a model loaded by one call serves
 the next and the same processes serve every stage. Ray retries nothing here: `pipeline.dispatch` decides what
@@ -7,15 +7,63 @@ is run again.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
 LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError)
+
+
+def connect(cpus: int) -> bool:
+    """Connect to Ray: as it is, to the cluster that RAY_ADDRESS names, or to a new one here with `cpus` CPUs.
+
+    Returns:
+        Whether the connection is ours to end.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if ray.is_initialized():
+        return False
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(**quiet)
+    else:
+        with _without_note_on_tokens():
+            ray.init(num_cpus=cpus, include_dashboard=False, **quiet)
+    return True
+
+
+def disconnect(pool: WorkerPool | None, stop: bool) -> None:
+    """End the workers of a pool and, if it is ours to `stop`, the connection."""
+    if pool is not None and ray.is_initialized():
+        pool.close()
+    if stop:
+        ray.shutdown()
+
+
+def cluster_resources() -> dict[str, float]:
+    """Resources of the connected cluster, by name."""
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources
+
+
+@contextmanager
+def _without_note_on_tokens() -> Iterator[None]:
+    """Hide the note, at every start of a local Ray, that its token authentication is on; it stays on."""
+    logger = logging.getLogger("ray._private.authentication.authentication_token_setup")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Token authentication is enabled")
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 class WorkerLostError(RuntimeError):

@@ -14,8 +14,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import resource
-import sys
 import time
 import traceback
 from collections import deque
@@ -26,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pipeline.errors import UsageError
 from pipeline.execution import ExecutionConfig
+from pipeline.process import limit_threads, own_cores, own_peak_memory
 
 if TYPE_CHECKING:
     from actors.pool import WorkerPool
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("samreg")
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 RAY_START_SECONDS = 8.0  # ray.init and the first import in its workers, on two cores
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 NO_GPU = "execution.device is cuda but there is no GPU here; set it to cpu or auto"
 
@@ -101,17 +99,6 @@ def attempt(function: Callable[[Any], T], unit: Any, number: int = 1) -> T | Fai
         return Failure(unit.unit, type(error).__name__, str(error), text, number, code)
 
 
-def limit_threads(threads: int) -> None:
-    """Fix the number of numerical threads of this process, for libraries loaded now or later."""
-    for name in THREAD_VARIABLES:
-        os.environ[name] = str(threads)
-    from threadpoolctl import threadpool_limits
-
-    threadpool_limits(threads)
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(threads)
-
-
 _built: dict[str, Callable[[Any], Any]] = {}
 
 
@@ -128,16 +115,6 @@ def run_in_worker(task: Task, token: str, device: str, threads: int, unit: Any, 
         return _built[token](unit)
 
     return attempt(build_and_run, unit, number)
-
-
-def own_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
-def own_peak_memory() -> int:
-    """Largest resident memory of this process so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class SerialExecutor(AbstractContextManager["SerialExecutor"]):
@@ -222,19 +199,14 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         return max(self._pool.ask(own_peak_memory), default=None) if self._pool is not None else None
 
     def _start_ray(self) -> None:
-        import ray
+        from actors.pool import cluster_resources, connect
 
         if self._started:
             return
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         limit_threads(self.config.threads)
-        if not ray.is_initialized():
-            remote = "RAY_ADDRESS" in os.environ
-            local: dict[str, Any] = {} if remote else {"num_cpus": self.workers, "include_dashboard": False}
-            self._owns_ray = True
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **local)
+        self._owns_ray = connect(self.workers)
         if self.config.workers is None:
-            self.workers = max(1, int(_cluster().get("CPU", 1)))
+            self.workers = max(1, int(cluster_resources().get("CPU", 1)))
         self._started = True
 
     def _place(self, task: Task) -> tuple[str, int]:
@@ -243,7 +215,9 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         Asking for a GPU that no node has would wait for ever without a word, so the cluster's resources
         decide; `device: cuda` insists, for a cluster that scales up on demand.
         """
-        gpus = float(_cluster().get("GPU", 0.0))
+        from actors.pool import cluster_resources
+
+        gpus = float(cluster_resources().get("GPU", 0.0))
         if self.config.device == "cuda" and not gpus and task.uses_gpu and "RAY_ADDRESS" not in os.environ:
             raise ExecutionError(NO_GPU)
         if task.uses_gpu and (self.config.device == "cuda" or (self.config.device == "auto" and gpus)):
@@ -267,12 +241,9 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         self._serial.__exit__()
         if not self._started:
             return
-        import ray
+        from actors.pool import disconnect
 
-        if self._pool is not None and ray.is_initialized():
-            self._pool.close()
-        if self._owns_ray:
-            ray.shutdown()
+        disconnect(self._pool, stop=self._owns_ray)
 
 
 def _run_bounded(
@@ -303,14 +274,6 @@ def _run_bounded(
                 message = f"its worker died {number} times, the last time alone: {error}"
                 outcome = Failure(unit.unit, "WorkerLost", message, "", number)
             yield unit, outcome
-
-
-def _cluster() -> dict[str, float]:
-    """Resources of the connected cluster, by name."""
-    import ray
-
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return resources
 
 
 def open_executor(config: ExecutionConfig) -> RayExecutor | SerialExecutor:

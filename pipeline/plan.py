@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.dispatch import own_cores
 from pipeline.folder import StudyFolder
 from pipeline.pairs import choose_pairs
+from pipeline.process import own_cores
 from pipeline.request import Request
 from storage import tables
 from storage.cohort import Subject

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +25,7 @@ from pipeline.dispatch import (
     open_executor,
 )
 from pipeline.execution import ExecutionConfig
+from tests.phantoms import environment
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,25 @@ def test_workers_keep_their_processes_and_thread_count(ray_executor: RayExecutor
     pids = {pid for _, pid in [*first.values(), *second.values()]}
     assert len(pids) <= 2
     assert os.getpid() not in pids
+
+
+@pytest.mark.ray
+def test_a_local_ray_starts_without_a_word_and_with_authentication() -> None:
+    code = """
+import logging, os
+logging.basicConfig(level=logging.WARNING)
+from actors.pool import connect, disconnect
+assert connect(1)
+assert not connect(1)
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
+print(is_token_auth_enabled())
+disconnect(None, stop=True)
+logging.getLogger("ray._private.authentication.authentication_token_setup").warning("Token authentication is enabled")
+"""
+    unset = {name: value for name, value in environment().items() if name not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+    done = subprocess.run([sys.executable, "-c", code], env=unset, capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+    assert len(done.stderr.splitlines()) == 1, done.stderr  # our own line, once the filter is gone
 
 
 @pytest.mark.ray
