@@ -10,33 +10,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from actors.input_config import InputConfig
 from actors.segmenter import Segmenter
 from storage.embeddings import EmbeddingStore
 from storage.images import read_image, to_uint8
-
-
-@dataclass(frozen=True)
-class InputConfig:
-    """How an image becomes 8-bit slices.
-
-    Attributes:
-        slice_axis: `auto` (the axis of the largest spacing; axial if isotropic), or an anatomical axis.
-        percentiles: intensities mapped to 0 and 255, in percent of the volume's voxels.
-        window: (low, high) intensities instead of percentiles, for example of a CT.
-    """
-
-    slice_axis: Literal["auto", "axial", "coronal", "sagittal"] = "auto"
-    percentiles: tuple[float, float] = (0.5, 99.5)
-    window: tuple[float, float] | None = None
-
-    def __post_init__(self) -> None:
-        low, high = self.percentiles
-        if not 0 <= low < high <= 100:
-            raise ValueError(f"input.percentiles is {self.percentiles}; expected 0 <= low < high <= 100")
-        if self.window is not None and not self.window[0] < self.window[1]:
-            raise ValueError(f"input.window is {self.window}; expected low < high")
 
 
 @dataclass(frozen=True)
@@ -72,7 +51,7 @@ class SliceEncoder:
         start = time.perf_counter()
         loaded = read_image(image, config.slice_axis)
         slices = to_uint8(loaded, config.percentiles, config.window)
-        first = self.segmenter.encode(slices[:1])
+        first = self.segmenter.encode(slices[: self.batch])
         count = 0
         with self.store.writer(
             subject,
@@ -84,7 +63,7 @@ class SliceEncoder:
         ) as writer:
             for begin in range(0, len(slices), self.batch):
                 part = slices[begin : begin + self.batch]
-                features = first if len(part) == 1 and begin == 0 else self.segmenter.encode(part)
+                features = first if begin == 0 else self.segmenter.encode(part)
                 candidates = self.segmenter.everything(part, features)
                 for offset, found in enumerate(candidates):
                     values = features.values[offset]

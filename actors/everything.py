@@ -20,39 +20,9 @@ from torchvision.ops import batched_nms
 
 from actors.preprocess import SliceGeometry
 from actors.sam_attention import ImageContext
+from actors.sam_config import EverythingConfig
 from actors.sam_decoder import Decoded, PromptDecoder
 from actors.segmenter import Candidates
-
-
-@dataclass(frozen=True)
-class EverythingConfig:
-    """Parameters of everything mode; the last three trade masks for speed and are off by default.
-
-    Attributes:
-        points_per_side: the grid has points_per_side ** 2 points.
-        pred_iou_threshold: keep masks with a predicted IoU above this.
-        stability_threshold: keep masks with a stability score of at least this.
-        stability_offset: logit offset of the stability score.
-        box_nms: drop the lower-quality mask of two whose boxes have an IoU above this.
-        skip_background: skip points whose 3 x 3 pixels are all darker than this fraction of the slice's Otsu
-            threshold; 0 skips none. Masks of the other points stay the same.
-        prefilter_slack: drop masks whose stability on the low-resolution logits is below the threshold by
-            more than this, before upscaling them; None does not look.
-    """
-
-    points_per_side: int = 32
-    pred_iou_threshold: float = 0.90
-    stability_threshold: float = 0.90
-    stability_offset: float = 1.0
-    box_nms: float = 0.7
-    skip_background: float = 0.0
-    prefilter_slack: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.points_per_side < 1:
-            raise ValueError(f"points_per_side must be at least 1, not {self.points_per_side}")
-        if not 0 < self.box_nms <= 1:
-            raise ValueError(f"box_nms must lie in (0, 1], not {self.box_nms}")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ Rules (each equal to its official implementation):
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,8 @@ from PIL import Image
 from scipy import ndimage
 from torch.nn import functional
 
-PreprocessRule = Literal["sam", "medsam", "sam_med2d"]
+from actors.sam_variants import PreprocessRule
+
 PREPROCESS_RULES: tuple[str, ...] = get_args(PreprocessRule)
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -84,25 +85,19 @@ class SliceGeometry:
 def _resize_map(grid: int, model_size: int, covered: int, size: int) -> torch.Tensor:
     """Matrix [size, grid] of bilinear grid -> model_size, crop to `covered`, bilinear -> size."""
     impulse = torch.eye(grid)[None, None]
-    model = functional.interpolate(impulse, (model_size, grid), mode="bilinear", align_corners=False)[
-        :, :, :covered
-    ]
+    model = functional.interpolate(impulse, (model_size, grid), mode="bilinear", align_corners=False)[:, :, :covered]
     return functional.interpolate(model, (size, grid), mode="bilinear", align_corners=False)[0, 0]
 
 
 def slice_geometry(height: int, width: int, model_size: int, rule: PreprocessRule) -> SliceGeometry:
     """Geometry of a height x width slice under a preprocessing rule."""
     if rule != "sam":
-        return SliceGeometry(
-            height, width, model_size, model_size, model_size, masks_via_model=rule != "medsam"
-        )
+        return SliceGeometry(height, width, model_size, model_size, model_size, masks_via_model=rule != "medsam")
     scale = model_size / max(height, width)
     return SliceGeometry(height, width, model_size, int(height * scale + 0.5), int(width * scale + 0.5))
 
 
-def prepare(
-    slices: npt.NDArray[np.uint8], model_size: int, rule: PreprocessRule
-) -> tuple[torch.Tensor, SliceGeometry]:
+def prepare(slices: npt.NDArray[np.uint8], model_size: int, rule: PreprocessRule) -> tuple[torch.Tensor, SliceGeometry]:
     """Model input of a batch of slices of equal size.
 
     Args:

@@ -62,15 +62,12 @@ def refine_tokens(layer: Any, tokens: torch.Tensor) -> torch.Tensor:
     return refined
 
 
-def read_image(
-    attention: Attention, asking: torch.Tensor, cells: torch.Tensor, placed: torch.Tensor
-) -> torch.Tensor:
+def read_image(attention: Attention, asking: torch.Tensor, cells: torch.Tensor, placed: torch.Tensor) -> torch.Tensor:
     """Tokens attend to cells: [P, T, C], cells [P, N, C] (`placed` with position) -> [P, T, C]."""
     prompts, count, _ = asking.shape
     queries = split_heads(attention.q_proj(asking), attention) * head_scale(attention)
     keys, values = (
-        proj.weight.view(attention.num_heads, -1, cells.shape[2])
-        for proj in (attention.k_proj, attention.v_proj)
+        proj.weight.view(attention.num_heads, -1, cells.shape[2]) for proj in (attention.k_proj, attention.v_proj)
     )
     weights = torch.softmax((queries @ keys).flatten(1, 2) @ placed.transpose(1, 2), dim=-1)
     read = (weights.to(cells.dtype) @ cells).view(prompts, attention.num_heads, count, -1)

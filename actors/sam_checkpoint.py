@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import struct
@@ -17,6 +16,7 @@ import torch
 from actors.sam_layouts import official_layout
 from actors.sam_unpickle import InertObject, load_inert
 from actors.sam_variants import CheckpointError
+from actors.sam_weights import file_sha256
 
 WRAPPERS = ("model", "state_dict", "model_state_dict")
 PREFIXES = ("module.", "model.", "sam.", "_orig_mod.")
@@ -49,12 +49,6 @@ class Checkpoint:
     weights: dict[str, torch.Tensor]
     sha256: str
     notes: tuple[str, ...]
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -125,9 +119,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         header = json.loads(content[8 : 8 + length])
         data = memoryview(bytearray(content[8 + length :]))
         return {
-            key: torch.frombuffer(
-                data[slice(*entry["data_offsets"])], dtype=_SAFETENSORS_TYPES[entry["dtype"]]
-            )
+            key: torch.frombuffer(data[slice(*entry["data_offsets"])], dtype=_SAFETENSORS_TYPES[entry["dtype"]])
             .reshape(entry["shape"])
             .clone()
             for key, entry in header.items()
@@ -175,12 +167,8 @@ def strip_prefixes(weights: Mapping[str, torch.Tensor], notes: list[str]) -> dic
         if found == {""}:
             return stripped
         if len(found) > 1:
-            examples = sorted(
-                {next((p for p in PREFIXES if k.startswith(p)), ""): k for k in stripped}.values()
-            )
-            raise CheckpointError(
-                f"keys with different prefixes: {', '.join(examples)}; save one model per file"
-            )
+            examples = sorted({next((p for p in PREFIXES if k.startswith(p)), ""): k for k in stripped}.values())
+            raise CheckpointError(f"keys with different prefixes: {', '.join(examples)}; save one model per file")
         prefix = found.pop()
         notes.append(f"removed the prefix {prefix!r}")
         stripped = {key.removeprefix(prefix): value for key, value in stripped.items()}

@@ -198,9 +198,7 @@ class PromptDecoder:
         n, count, _ = cells.shape
         x = functional.linear(cells, _as_matrix(first), first.bias.repeat(4))
         x = functional.gelu(
-            functional.layer_norm(
-                x.view(n, count, 4, -1), (first.out_channels,), norm.weight, norm.bias, norm.eps
-            )
+            functional.layer_norm(x.view(n, count, 4, -1), (first.out_channels,), norm.weight, norm.bias, norm.eps)
         )
         x = functional.linear(x, _as_matrix(second), second.bias.repeat(4))
         return functional.gelu(x).view(n, count * 16, second.out_channels)

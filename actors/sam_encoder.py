@@ -18,6 +18,8 @@ from segment_anything.modeling.common import LayerNorm2d, MLPBlock
 from torch import nn
 from torch.nn import functional
 
+from actors.sam_variants import NEEDS_TIMM, PackageMissingError
+
 PATCH = 16
 _ROWS_AT_ONCE = 256
 
@@ -141,9 +143,7 @@ def vit_parameters(weights: StateDict) -> dict[str, Any]:
     head_dim = weights["image_encoder.blocks.0.attn.rel_pos_h"].shape[1]
     windows = {(span + 1) // 2 for span in spans if span != 2 * grid - 1}
     if len(windows) > 1 or dim % head_dim:
-        raise ValueError(
-            f"inconsistent ViT shapes: windows {sorted(windows)}, width {dim}, head width {head_dim}"
-        )
+        raise ValueError(f"inconsistent ViT shapes: windows {sorted(windows)}, width {dim}, head width {head_dim}")
     return {
         "img_size": grid * PATCH,
         "patch_size": PATCH,
@@ -203,18 +203,13 @@ def _tiny_trunk(weights: StateDict) -> Any:
     try:
         from timm.models.tiny_vit import TinyVit
     except ImportError as error:
-        raise ImportError(
-            "MobileSAM and Light HQ-SAM need the package timm: pip install 'samreg[mobile]'"
-        ) from error
+        raise PackageMissingError(NEEDS_TIMM) from error
     first = "image_encoder.layers.{}.blocks.0."
     biases = [weights[first.format(i) + "attn.attention_biases"].shape for i in (1, 2, 3)]
     dims = [weights[f"image_encoder.layers.{i}.downsample.conv1.c.weight"].shape[:2] for i in (0, 1, 2)]
     expanded, stem = weights[first.format(0) + "conv1.c.weight"].shape[:2]
     depths = [
-        1
-        + max(
-            int(key.split(".")[4]) for key in weights if key.startswith(f"image_encoder.layers.{i}.blocks.")
-        )
+        1 + max(int(key.split(".")[4]) for key in weights if key.startswith(f"image_encoder.layers.{i}.blocks."))
         for i in range(4)
     ]
     trunk: Any = TinyVit(

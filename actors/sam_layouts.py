@@ -60,9 +60,7 @@ def official_layout(weights: Mapping[str, torch.Tensor], notes: list[str]) -> di
         )
     places = [weights[key] for key in _PLACES if key in weights]
     if not places or not all(torch.equal(places[0], other) for other in places[1:]):
-        raise CheckpointError(
-            "Hugging Face layout without one shared positional embedding; use the official file"
-        )
+        raise CheckpointError("Hugging Face layout without one shared positional embedding; use the official file")
     renamed = {_OFFICIAL_PLACE: places[0]}
     for key, value in weights.items():
         if key in _PLACES:

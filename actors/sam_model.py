@@ -63,7 +63,7 @@ def build_from_state_dict(weights: Mapping[str, torch.Tensor], variant: str) -> 
 
     Raises:
         CheckpointError: the weights are of another variant, or a key is missing, unexpected or misshapen.
-        ImportError: MobileSAM or Light HQ-SAM without timm.
+        PackageMissingError: MobileSAM or Light HQ-SAM without timm.
     """
     check_variant(weights, variant)
     if is_tiny(weights):
@@ -119,8 +119,6 @@ def _load_strictly(model: SamModel, weights: dict[str, torch.Tensor]) -> None:
         ],
     }
     if any(problems.values()):
-        listed = "; ".join(
-            f"{len(keys)} {kind}: {', '.join(keys[:3])}" for kind, keys in problems.items() if keys
-        )
+        listed = "; ".join(f"{len(keys)} {kind}: {', '.join(keys[:3])}" for kind, keys in problems.items() if keys)
         raise CheckpointError(f"the weights do not fit {model.variant}: {listed}")
     model.load_state_dict(weights, strict=True, assign=True)

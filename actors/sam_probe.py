@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from actors.preprocess import PreprocessRule, prepare
+from actors.preprocess import prepare
 from actors.sam_attention import ImageContext
 from actors.sam_checkpoint import read_checkpoint
 from actors.sam_decoder import PromptDecoder
 from actors.sam_model import build_from_state_dict
-from actors.sam_variants import variant_defaults
+from actors.sam_variants import PreprocessRule, variant_defaults
 
 Arrays = dict[str, npt.NDArray[np.float32]]
 

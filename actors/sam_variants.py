@@ -5,14 +5,37 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from actors.preprocess import PreprocessRule
+PreprocessRule = Literal["sam", "medsam", "sam_med2d"]
+SamName = Literal[
+    "sam_vit_b",
+    "sam_vit_l",
+    "sam_vit_h",
+    "medsam",
+    "sam_med2d",
+    "sam_med2d_ft",
+    "slimsam_50",
+    "slimsam_77",
+    "hq_sam_b",
+    "hq_sam_l",
+    "hq_sam_h",
+    "hq_sam_tiny",
+    "mobile_sam",
+]
+TINY_VARIANTS = ("mobile_sam", "hq_sam_tiny")
+NEEDS_TIMM = "MobileSAM and Light HQ-SAM need the package timm: pip install 'samreg[mobile]'"
 
 
 class CheckpointError(ValueError):
     """A weights file that cannot be used as asked; the message says why and which file to use."""
+
+
+class PackageMissingError(ImportError):
+    """An optional package that a variant needs; the message says what to install."""
 
 
 @dataclass(frozen=True)
@@ -135,9 +158,7 @@ def _foreign(weights: Mapping[str, torch.Tensor]) -> str:
         )
     needed = ["mask_decoder.iou_token.weight", "prompt_encoder.no_mask_embed.weight"]
     if not is_tiny(weights):
-        needed += [
-            f"image_encoder.{k}" for k in ("pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.lin1.weight")
-        ]
+        needed += [f"image_encoder.{k}" for k in ("pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.lin1.weight")]
     missing = [key for key in needed if key not in weights]
     return f"not a SAM checkpoint: {missing[0]} is missing ({len(weights)} keys)" if missing else ""
 

@@ -6,7 +6,9 @@ download must match them. A user's own file may differ: `verify` says so and lea
 
 from __future__ import annotations
 
+import hashlib
 import http.client
+import importlib.util
 import os
 import urllib.error
 import urllib.request
@@ -14,8 +16,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.sam_checkpoint import file_sha256, read_checkpoint
-from actors.sam_variants import Identification, identify, variant_defaults
+from actors.sam_variants import (
+    NEEDS_TIMM,
+    TINY_VARIANTS,
+    Identification,
+    PackageMissingError,
+    check_variant,
+    identify,
+    variant_defaults,
+)
 
 CACHE_VARIABLE = "SAMREG_WEIGHTS"
 _CHUNK = 1 << 20
@@ -67,9 +76,7 @@ def _hq(size: str, length: int | None, sha256: str) -> WeightsFile:
     return WeightsFile(f"hq_sam_{size}", file, length, sha256, _APACHE, _HQ + file, _HQ_PAGE)
 
 
-def _drive(
-    variant: str, file: str, page: str, size: int | None = None, sha256: str | None = None
-) -> WeightsFile:
+def _drive(variant: str, file: str, page: str, size: int | None = None, sha256: str | None = None) -> WeightsFile:
     return WeightsFile(variant, file, size, sha256, _APACHE, "", page)
 
 
@@ -122,6 +129,12 @@ class Verification:
     note: str
 
 
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def weights_folder() -> Path:
     """The cache folder: SAMREG_WEIGHTS, else samreg/weights in the user's cache."""
     override = os.environ.get(CACHE_VARIABLE)
@@ -156,6 +169,24 @@ def resolve_weights(variant: str, checkpoint: str | Path | None = None) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"no weights of {variant} at {path}. {how_to_get(variant)}")
     return path
+
+
+def checked_sha256(variant: str, checkpoint: str | Path | None = None) -> str:
+    """Digest of the weights to use, after reading them and making sure that they are the variant's.
+
+    Raises:
+        FileNotFoundError: as `resolve_weights`.
+        CheckpointError: a file that cannot be read as weights, or weights of another variant.
+        PackageMissingError: a variant on TinyViT without timm.
+    """
+    from actors.sam_checkpoint import read_checkpoint
+
+    path = resolve_weights(variant, checkpoint)
+    if variant in TINY_VARIANTS and importlib.util.find_spec("timm") is None:
+        raise PackageMissingError(NEEDS_TIMM)
+    found = read_checkpoint(path)
+    check_variant(found.weights, variant)
+    return found.sha256
 
 
 def _local_copy(uri: str) -> Path:
@@ -193,6 +224,8 @@ def identify_file(path: str | Path) -> Identification:
     Raises:
         CheckpointError: a file that cannot be read as weights.
     """
+    from actors.sam_checkpoint import read_checkpoint
+
     found = identify(read_checkpoint(path).weights)
     if len(found.variants) < 2:
         return found

@@ -34,9 +34,9 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from actors.everything import CPU_PASS, CUDA_PASS, EverythingConfig, segment_everything, stability_score
+from actors.everything import CPU_PASS, CUDA_PASS, segment_everything, stability_score
 from actors.preprocess import prepare
-from actors.sam import FAST_POINTS_PER_SIDE, FAST_PREFILTER_SLACK, FAST_SKIP_BACKGROUND
+from actors.sam_config import FAST_POINTS_PER_SIDE, FAST_PREFILTER_SLACK, FAST_SKIP_BACKGROUND, EverythingConfig
 from actors.sam_model import SamModel, build_from_state_dict
 
 SIZES = {

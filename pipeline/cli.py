@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from pipeline import cli_demo, cli_report
+from pipeline import cli_demo, cli_report, cli_weights
 
 if TYPE_CHECKING:
     from pipeline.config import StudyConfig
@@ -34,6 +34,8 @@ cohort_app = typer.Typer(help="Make cohort manifests.", no_args_is_help=True)
 config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
 app.add_typer(cohort_app, name="cohort")
 app.add_typer(config_app, name="config")
+weights_app = typer.Typer(help="Get, check and probe the weights of the SAM variants.", no_args_is_help=True)
+app.add_typer(weights_app, name="weights")
 
 ConfigPath = Annotated[Path | None, typer.Argument(help="YAML configuration; defaults without one.")]
 CohortOption = Annotated[Path, typer.Option("--cohort", help="Cohort manifest, CSV or Parquet.")]
@@ -47,6 +49,7 @@ SetOption = Annotated[
 OutOption = Annotated[Path, typer.Option("--out", help="Study folder.")]
 ExecutorOption = Annotated[str | None, typer.Option("--executor", help="auto, ray or serial.")]
 WorkersOption = Annotated[int | None, typer.Option("--workers", help="Worker processes.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
 
 
 @app.command()
@@ -59,6 +62,7 @@ def run(
     overrides: SetOption = None,
     executor: ExecutorOption = None,
     workers: WorkersOption = None,
+    device: DeviceOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Encode again if the folder was made with other settings.")
     ] = False,
@@ -72,7 +76,7 @@ def run(
         from pipeline.request import read_request
         from pipeline.study import run_study
 
-        request = read_request(config, cohort, pairs, _with_flags(overrides, executor, workers))
+        request = read_request(config, cohort, pairs, _with_flags(overrides, executor, workers, device))
         summary = run_study(
             request.config,
             request.cohort,
@@ -97,13 +101,14 @@ def plan(
     overrides: SetOption = None,
     executor: ExecutorOption = None,
     workers: WorkersOption = None,
+    device: DeviceOption = None,
 ) -> None:
     """Say what `run` would do: subjects, slices, pairs, store size and time, without doing it."""
     with _errors_as_exit_codes(out):
         from pipeline.plan import describe_plan, make_plan
         from pipeline.request import read_request
 
-        request = read_request(config, cohort, pairs, _with_flags(overrides, executor, workers))
+        request = read_request(config, cohort, pairs, _with_flags(overrides, executor, workers, device))
         typer.echo(describe_plan(make_plan(request, out)))
 
 
@@ -168,19 +173,18 @@ def _load(config: Path | None, overrides: list[str] | None) -> StudyConfig:
     return found
 
 
-def _with_flags(overrides: list[str] | None, executor: str | None, workers: int | None) -> list[str]:
-    """`--executor` and `--workers` are short for two settings."""
-    flags = list(overrides or [])
-    if executor is not None:
-        flags.append(f"execution.executor={executor}")
-    if workers is not None:
-        flags.append(f"execution.workers={workers}")
-    return flags
+def _with_flags(
+    overrides: list[str] | None, executor: str | None, workers: int | None, device: str | None
+) -> list[str]:
+    """`--executor`, `--workers` and `--device` are short for three settings."""
+    given = {"executor": executor, "workers": workers, "device": device}
+    return [*(overrides or []), *(f"execution.{name}={value}" for name, value in given.items() if value is not None)]
 
 
 @contextmanager
 def _errors_as_exit_codes(out: Path | None) -> Iterator[None]:
     """Expected errors become one clear line and an exit code; anything else is a bug and keeps its traceback."""
+    from actors.sam_variants import CheckpointError, PackageMissingError
     from pipeline.errors import StudyError, UsageError
     from storage.manifest import CohortError
     from storage.sources import ImageError
@@ -192,11 +196,13 @@ def _errors_as_exit_codes(out: Path | None) -> Iterator[None]:
         _stop(f"interrupted; what is finished is kept. Run the same command again to go on in {out}", INTERRUPTED)
     except StudyError as error:
         _stop(str(error), FAILED)
-    except (UsageError, CohortError, ImageError, TableError, FileNotFoundError, PermissionError) as error:
+    except (UsageError, CohortError, ImageError, TableError, CheckpointError, PackageMissingError) as error:
+        _stop(str(error), USAGE)
+    except (FileNotFoundError, PermissionError) as error:
         _stop(str(error), USAGE)
 
 
-def _mount(command: Callable[..., None]) -> None:
+def _mount(command: Callable[..., None], to: typer.Typer = app, name: str | None = None) -> None:
     """Add a command whose function lies in another module, with the same treatment of errors."""
 
     @functools.wraps(command)
@@ -204,7 +210,7 @@ def _mount(command: Callable[..., None]) -> None:
         with _errors_as_exit_codes(options.get("out") or options.get("study")):
             command(*arguments, **options)
 
-    app.command()(guarded)
+    to.command(name)(guarded)
 
 
 def _stop(message: str, code: int) -> NoReturn:
@@ -219,6 +225,9 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 _mount(cli_report.report)
 _mount(cli_demo.demo)
+_mount(cli_weights.list_weights, weights_app, "list")
+for _command in (cli_weights.fetch, cli_weights.identify, cli_weights.verify, cli_weights.probe):
+    _mount(_command, weights_app)
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from actors.build import SegmenterConfig
 from actors.component_tree import ComponentTreeConfig
-from actors.encoder import InputConfig
+from actors.input_config import InputConfig
+from actors.sam_variants import VARIANTS
 from pipeline.algorithms.fit_config import FitConfig
 from pipeline.algorithms.matching import MatchConfig
 from pipeline.algorithms.prototypes import PrototypeConfig
@@ -27,6 +28,9 @@ from pipeline.errors import UsageError
 from pipeline.execution import ExecutionConfig
 from pipeline.pairs import PairsConfig
 from pipeline.presets import PRESETS
+
+SEGMENTERS = (ComponentTreeConfig().name, *VARIANTS)
+SHORT_FOR = {"pairs": "mode", "segmenter": "name"}
 
 
 class ConfigError(UsageError):
@@ -72,7 +76,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     changes: dict[str, Any] = {}
     for override in overrides:
         _merge(changes, _expand_short(_parse_override(override)))
-    return make_config(_merged(_expand_short(given), changes))
+    return make_config(_layered(_expand_short(given), changes))
 
 
 def make_config(given: Mapping[str, Any]) -> StudyConfig:
@@ -84,10 +88,12 @@ def make_config(given: Mapping[str, Any]) -> StudyConfig:
     preset = given.get("preset")
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"preset: unknown preset {preset!r}{_suggest(str(preset), PRESETS)}")
-    values = _merged(PRESETS.get(str(preset), {}), _expand_short(given))
+    values = _layered(PRESETS.get(str(preset), {}), _expand_short(given))
     segmenter = values.get("segmenter")
     if isinstance(segmenter, dict):
-        segmenter.setdefault("name", ComponentTreeConfig().name)
+        name = segmenter.setdefault("name", ComponentTreeConfig().name)
+        if name not in SEGMENTERS:
+            raise ConfigError(f"segmenter: unknown segmenter {name!r}{_suggest(str(name), SEGMENTERS)}")
     for message in _unknown_keys(StudyConfig, values, ""):
         raise ConfigError(message)
     try:
@@ -111,10 +117,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _expand_short(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`pairs: star` spelt out."""
+    """`pairs: star` and `segmenter: slimsam_77` spelt out."""
     values = dict(given)
-    if isinstance(values.get("pairs"), str):
-        values["pairs"] = {"mode": values["pairs"]}
+    for key, word in SHORT_FOR.items():
+        if isinstance(values.get(key), str):
+            values[key] = {word: values[key]}
     return values
 
 
@@ -146,8 +153,20 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     return result
 
 
+def _layered(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`changes` over `base`; naming another segmenter drops what the base sets of its own."""
+    old, new = (layer.get("segmenter") for layer in (base, changes))
+    names = {str(layer["name"]) for layer in (old, new) if isinstance(layer, Mapping) and "name" in layer}
+    if len(names) == 2:
+        base = {**base, "segmenter": {}}
+    return _merged(base, changes)
+
+
 def _describe(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-"))
+    parts = [str(part) for part in item["loc"] if not str(part).startswith("function-")]
+    if parts[:1] == ["segmenter"] and parts[1:2] and parts[1] in SEGMENTERS:
+        del parts[1]  # the name, by which pydantic chose the backend
+    where = ".".join(parts)
     message = str(item["msg"]).removeprefix("Value error, ")
     return message if message.startswith(where) else f"{where}: {message} (got {item['input']!r})"
 

@@ -63,8 +63,6 @@ def seeded_slimsam_77(seed: int = 7) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     weights: dict[str, Any] = official_slimsam_77().state_dict()
     return {
-        key: value + 0.02 * torch.randn(value.shape, generator=generator)
-        if value.is_floating_point()
-        else value
+        key: value + 0.02 * torch.randn(value.shape, generator=generator) if value.is_floating_point() else value
         for key, value in weights.items()
     }

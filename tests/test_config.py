@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
+import subprocess
+import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
-from actors.build import SamSettings
+from actors.sam_config import SamConfig
+from actors.sam_variants import VARIANTS, SamName
 from pipeline.config import ConfigError, StudyConfig, load_config, make_config
 from pipeline.presets import PRESETS
+from tests.phantoms import environment
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
 
@@ -56,7 +60,14 @@ def test_a_short_pairs_word_keeps_its_other_settings() -> None:
         ({"input": {"percentiles": [99, 1]}}, "input.percentiles"),
         ({"pairs": "sta"}, "pairs.mode: .*'all', 'star'"),
         ({"preset": "papr"}, r"unknown preset 'papr'; did you mean 'paper'\?"),
-        ({"segmenter": {"name": "sma"}}, "segmenter: .*'sma'"),
+        ({"segmenter": {"name": "sma"}}, "segmenter: unknown segmenter 'sma'"),
+        ({"segmenter": "slimsam_7"}, r"unknown segmenter 'slimsam_7'; did you mean 'slimsam_77'\?"),
+        ({"segmenter": {"name": "medsam", "mode": "quick"}}, r"segmenter.mode: .*'exact' or 'fast' \(got 'quick'\)"),
+        ({"segmenter": {"name": "medsam", "points_per_side": 0}}, "points_per_side must be at least 1"),
+        (
+            {"segmenter": {"name": "medsam", "chekpoint": "x"}},
+            "'segmenter.chekpoint'; did you mean 'segmenter.checkpoint'",
+        ),
         ({"match": 3}, "match: "),
     ],
 )
@@ -86,10 +97,62 @@ def test_a_bad_file_is_refused(tmp_path: Path, content: str | None, message: str
         load_config(path)
 
 
-def test_the_sam_settings_are_those_of_the_backend() -> None:
-    from actors.sam import SamConfig
+@pytest.mark.parametrize("name", ["component_tree", *VARIANTS])
+def test_a_segmenter_is_one_word(name: str) -> None:
+    config = make_config({"segmenter": name})
+    assert config.segmenter.name == name
+    assert make_config(yaml.safe_load(yaml.safe_dump(config.resolved()))) == config
+    assert load_config(None, [f"segmenter={name}"]) == config
 
-    theirs = {field.name: field.default for field in dataclasses.fields(SamConfig)}
-    ours = {field.name: field.default for field in dataclasses.fields(SamSettings)}
-    assert {**ours, "device": "cpu"} == {**theirs, "name": "sam"}
-    assert SamSettings(variant="medsam").on_device("cuda") == SamConfig(variant="medsam", device="cuda")
+
+def test_the_word_and_its_settings_come_in_any_order() -> None:
+    expected = SamConfig("slimsam_77", "/w.pth", points_per_side=8)
+    settings = ["segmenter=slimsam_77", "segmenter.checkpoint=/w.pth", "segmenter.points_per_side=8"]
+    assert load_config(None, settings).segmenter == expected
+    assert load_config(None, settings[::-1]).segmenter == expected
+
+
+def test_naming_another_segmenter_drops_the_settings_of_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("preset: paper\nsegmenter: {name: slimsam_77, checkpoint: /w.pth, mode: fast}\n")
+    assert load_config(path).segmenter == SamConfig("slimsam_77", "/w.pth", mode="fast")
+    assert load_config(path, ["segmenter.mode=exact"]).segmenter == SamConfig("slimsam_77", "/w.pth")
+    assert load_config(path, ["segmenter=medsam"]).segmenter == SamConfig("medsam")
+    assert load_config(path, ["segmenter=component_tree"]).segmenter.name == "component_tree"
+    path.write_text("preset: paper\nsegmenter: {checkpoint: /h.pth}\n")
+    assert load_config(path).segmenter == SamConfig("sam_vit_h", "/h.pth")
+
+
+def test_variants_bring_their_own_defaults_and_every_one_yields() -> None:
+    medsam = make_config({"segmenter": "medsam"}).segmenter
+    assert isinstance(medsam, SamConfig)
+    assert medsam.preprocess_rule() == "medsam"
+    assert medsam.everything().stability_threshold == 0.80
+    as_sam = make_config({"segmenter": {"name": "medsam", "preprocess": "sam", "stability_threshold": 0.7}}).segmenter
+    assert isinstance(as_sam, SamConfig)
+    assert as_sam.preprocess_rule() == "sam"
+    assert as_sam.everything().stability_threshold == 0.7
+    assert as_sam.signature("digest") != medsam.signature("digest") != medsam.signature("other weights")
+
+
+@pytest.mark.parametrize("preset", ["paper", "official-demo"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_papers_presets_take_any_variant(preset: str, name: str) -> None:
+    config = make_config({"preset": preset, "segmenter": name})
+    assert config.segmenter == SamConfig(name)  # type: ignore[arg-type]
+    assert (config.rois.min_area, config.rois.max_area, config.rois.area_unit) == (200, 7000, "ref200")
+    assert config.rois.max_overlap == {"paper": 0.8, "official-demo": 0.9}[preset]
+    assert config.rois.min_stability == 0.0
+
+
+def test_the_variants_are_the_names() -> None:
+    assert get_args(SamName) == tuple(VARIANTS)
+
+
+def test_reading_a_configuration_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from pipeline.config import make_config; make_config({'preset': 'paper', 'segmenter': 'medsam'});"
+        "print(sorted({'torch', 'torchvision', 'ray', 'segment_anything', 'SimpleITK', 'zarr'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -15,7 +15,6 @@ from segment_anything.utils.amg import batched_mask_to_box, build_point_grid, ca
 from skimage.filters import threshold_otsu
 
 from actors.everything import (
-    EverythingConfig,
     PassSize,
     foreground_points,
     mask_boxes,
@@ -26,6 +25,7 @@ from actors.everything import (
 )
 from actors.preprocess import SliceGeometry, prepare, slice_geometry
 from actors.sam_attention import ImageContext
+from actors.sam_config import EverythingConfig
 from actors.sam_decoder import Decoded, PromptDecoder
 from actors.sam_model import build_from_state_dict
 from actors.segmenter import Candidates
@@ -53,9 +53,7 @@ class SmoothDecoder:
     def choose(self, iou: torch.Tensor, multimask: bool) -> tuple[torch.Tensor, torch.Tensor]:
         return iou[:, 1:], torch.arange(1, 4).expand(len(iou), -1)
 
-    def logits(
-        self, context: Any, decoded: Decoded, rows: torch.Tensor, tokens: torch.Tensor
-    ) -> torch.Tensor:
+    def logits(self, context: Any, decoded: Decoded, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return torch.stack([self._of(decoded.tokens[r, 0])[1][t] for r, t in zip(rows, tokens, strict=True)])
 
     def _of(self, point: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,9 +85,7 @@ class SmoothPredictor:
     def apply_coords(self, points: npt.NDArray[np.float64], size: Any) -> npt.NDArray[np.float64]:
         return self.geometry.to_model(points)
 
-    def predict_torch(
-        self, points: torch.Tensor, labels: Any, **_: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def predict_torch(self, points: torch.Tensor, labels: Any, **_: Any) -> tuple[torch.Tensor, torch.Tensor, None]:
         decoded = self.decoder.decode(None, [0] * len(points), self.decoder.embed_points(points, labels))
         rows, tokens = (
             torch.arange(len(points)).repeat_interleave(3),
@@ -143,9 +139,7 @@ def test_parity_with_the_official_generator_on_recipe_weights() -> None:
     weights = recipe_state_dict("slimsam_77_uniform")
     official = official_slimsam_77()
     official.load_state_dict(weights)
-    config = EverythingConfig(
-        points_per_side=5, pred_iou_threshold=0.3, stability_threshold=2.6e-4, box_nms=1.0
-    )
+    config = EverythingConfig(points_per_side=5, pred_iou_threshold=0.3, stability_threshold=2.6e-4, box_nms=1.0)
     expected = official_generator(official, config).generate(image)
     assert 24 <= len(expected) < 75
     decoder, context, geometry = encoded(weights, image[None])
@@ -157,9 +151,7 @@ def test_parity_with_the_official_generator_on_recipe_weights() -> None:
 @pytest.mark.parametrize("box_nms", [0.7, 0.4])
 def test_post_processing_parity_on_smooth_logits(shape: tuple[int, int], box_nms: float) -> None:
     geometry = slice_geometry(*shape, 16 * GRID, "sam")
-    config = EverythingConfig(
-        points_per_side=10, pred_iou_threshold=0.3, stability_threshold=0.7, box_nms=box_nms
-    )
+    config = EverythingConfig(points_per_side=10, pred_iou_threshold=0.3, stability_threshold=0.7, box_nms=box_nms)
     decoder: Any = SmoothDecoder()
     image = np.zeros((*shape, 3), np.uint8)
     official = official_generator(official_slimsam_77(), config)
@@ -206,9 +198,7 @@ def test_nothing_found_is_an_empty_set() -> None:
     geometry = slice_geometry(48, 64, 16 * GRID, "sam")
     config = EverythingConfig(points_per_side=3, pred_iou_threshold=2.0)
     decoder: Any = SmoothDecoder()
-    (found,) = segment_everything(
-        decoder, replace_cells(), np.zeros((1, 48, 64, 3), np.uint8), geometry, config
-    )
+    (found,) = segment_everything(decoder, replace_cells(), np.zeros((1, 48, 64, 3), np.uint8), geometry, config)
     assert found.masks.shape == (0, 48, 64)
     assert found.quality.shape == found.stability.shape == (0,)
 
@@ -217,9 +207,7 @@ def test_skipping_background_keeps_the_masks_of_the_other_points() -> None:
     image = np.zeros((1, 48, 64, 3), np.uint8)
     image[:, 10:40, 20:50] = 200
     geometry = slice_geometry(48, 64, 16 * GRID, "sam")
-    everywhere = EverythingConfig(
-        points_per_side=8, pred_iou_threshold=0.3, stability_threshold=0.5, box_nms=1.0
-    )
+    everywhere = EverythingConfig(points_per_side=8, pred_iou_threshold=0.3, stability_threshold=0.5, box_nms=1.0)
     decoder: Any = SmoothDecoder()
     (full,) = segment_everything(decoder, replace_cells(), image, geometry, everywhere)
     skipping = replace(everywhere, skip_background=0.5)
@@ -238,9 +226,7 @@ def test_the_prefilter_with_enough_slack_changes_nothing() -> None:
     decoder: Any = SmoothDecoder()
     slices = np.zeros((1, 48, 64, 3), np.uint8)
     (exact,) = segment_everything(decoder, replace_cells(), slices, geometry, config)
-    (fast,) = segment_everything(
-        decoder, replace_cells(), slices, geometry, replace(config, prefilter_slack=0.1)
-    )
+    (fast,) = segment_everything(decoder, replace_cells(), slices, geometry, replace(config, prefilter_slack=0.1))
     np.testing.assert_array_equal(exact.masks, fast.masks)
 
 

@@ -27,9 +27,7 @@ def test_sam_equals_the_official_transform(shape: tuple[int, int]) -> None:
         resized = ResizeLongestSide(128).apply_image(image)
         assert resized.shape[:2] == (geometry.input_height, geometry.input_width)
         expected = np.zeros((128, 128, 3), np.float32)
-        expected[: resized.shape[0], : resized.shape[1]] = (resized - np.float32(PIXEL_MEAN)) / np.float32(
-            PIXEL_STD
-        )
+        expected[: resized.shape[0], : resized.shape[1]] = (resized - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)
         np.testing.assert_allclose(got.permute(1, 2, 0), expected, atol=1e-6)
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from actors.everything import EverythingConfig
-from actors.sam import SamConfig, SamSegmenter
+from actors.sam import SamSegmenter
 from actors.sam_checkpoint import CheckpointError, file_sha256
+from actors.sam_config import EverythingConfig, SamConfig
 from actors.sam_encoder import TinyVitEncoder
 from actors.sam_probe import probe, summarise_probe
 from actors.sam_variants import VARIANTS
@@ -81,9 +81,9 @@ def test_defaults_come_from_the_variant_and_the_mode() -> None:
     assert SamConfig("sam_vit_b", mode="fast", points_per_side=24).everything().points_per_side == 24
     assert SamConfig("sam_vit_b", pred_iou_threshold=0.0).everything().pred_iou_threshold == 0.0
     for name in VARIANTS:
-        SamConfig(name).everything()
+        SamConfig(name).everything()  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="did you mean sam_vit_b"):
-        SamConfig("sam_vitb").everything()
+        SamConfig("sam_vitb")  # type: ignore[arg-type]
 
 
 def test_the_signature_follows_every_setting_that_changes_the_output(config: SamConfig) -> None:
@@ -115,7 +115,7 @@ def test_weights_that_are_missing_or_wrong_are_refused(
     with pytest.raises(FileNotFoundError, match="samreg weights fetch hq_sam_h"):
         SamSegmenter(SamConfig("hq_sam_h"))
     with pytest.raises(CheckpointError, match="they are slimsam_77"):
-        SamSegmenter(replace(config, variant="mobile_sam"))
+        SamSegmenter(replace(config, name="mobile_sam"))
 
 
 def test_without_timm_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

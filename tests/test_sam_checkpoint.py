@@ -33,9 +33,7 @@ def assert_same(read: Weights, expected: Weights) -> None:
         assert torch.equal(read[key], value), key
 
 
-@pytest.mark.parametrize(
-    "prefix", ["", "module.", "model.", "sam.", "_orig_mod.", "_orig_mod.module.", "module.sam."]
-)
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "sam.", "_orig_mod.", "_orig_mod.module.", "module.sam."])
 def test_prefixes_are_removed(weights: Weights, tmp_path: Path, prefix: str) -> None:
     path = tmp_path / "weights.pth"
     torch.save({prefix + key: value for key, value in weights.items()}, path)
@@ -54,9 +52,7 @@ def test_mixed_prefixes_are_refused(weights: Weights, tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrapper", ["model", "state_dict", "model_state_dict"])
 def test_training_files_are_unwrapped(weights: Weights, tmp_path: Path, wrapper: str) -> None:
     path = tmp_path / "weights.pth"
-    torch.save(
-        {wrapper: {f"module.{k}": v for k, v in weights.items()}, "epoch": 3, "optimizer": {"lr": 1.0}}, path
-    )
+    torch.save({wrapper: {f"module.{k}": v for k, v in weights.items()}, "epoch": 3, "optimizer": {"lr": 1.0}}, path)
     assert_same(read_checkpoint(path).weights, weights)
 
 
@@ -287,9 +283,7 @@ def shapes_of(size: tuple[int, int, int], side: int = 1024, *extra: str) -> Weig
     keys = {f"image_encoder.blocks.{i}.mlp.lin1.weight": (mlp, dim) for i in range(depth)}
     keys["image_encoder.pos_embed"] = (1, side // 16, side // 16, dim)
     keys["image_encoder.patch_embed.proj.weight"] = (dim, 3, 16, 16)
-    keys |= dict.fromkeys(
-        ("mask_decoder.iou_token.weight", "prompt_encoder.no_mask_embed.weight", *extra), (1, 256)
-    )
+    keys |= dict.fromkeys(("mask_decoder.iou_token.weight", "prompt_encoder.no_mask_embed.weight", *extra), (1, 256))
     return {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
 
 
@@ -321,7 +315,4 @@ def test_identify_by_keys_and_shapes(weights_like: Weights, variants: tuple[str,
 
 def test_identify_says_when_only_the_hash_can_tell() -> None:
     assert "sha256" in identify(shapes_of(SIZES["b"])).note
-    assert (
-        "SlimSAM-77-uniform"
-        in identify(shapes_of(SIZES["b"], 1024, "image_encoder.blocks.0.attn.q.weight")).note
-    )
+    assert "SlimSAM-77-uniform" in identify(shapes_of(SIZES["b"], 1024, "image_encoder.blocks.0.attn.q.weight")).note

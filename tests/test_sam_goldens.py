@@ -92,8 +92,7 @@ def test_variant_equals_its_official_implementation(golden: str, write_weights: 
         "input_sub": (arrays["input"][:, ::stride, ::stride], tolerance["input_abs"]),
         "feat_sub": (features[::8, ::cells, ::cells], tolerance["feat_abs"]),
         "feat_mean_std_norm": (
-            np.array([features.mean(), features.std(), np.linalg.norm(features)])
-            / [1, 1, features.size**0.5],
+            np.array([features.mean(), features.std(), np.linalg.norm(features)]) / [1, 1, features.size**0.5],
             tolerance["feat_abs"],
         ),
     }
@@ -112,9 +111,7 @@ def test_variant_equals_its_official_implementation(golden: str, write_weights: 
     expected["feat_mean_std_norm"] = expected["feat_mean_std_norm"] / [1, 1, features.size**0.5]
     for key, (got, allowed) in checked.items():
         np.testing.assert_allclose(got, expected[key], rtol=0, atol=allowed, err_msg=f"{golden}: {key}")
-    masks = {
-        f"{kind}_{name}" for name in names for kind in ("stab_low", "stab_full", "area_full", "box_full")
-    }
+    masks = {f"{kind}_{name}" for name in names for kind in ("stab_low", "stab_full", "area_full", "box_full")}
     assert set(expected) == set(checked) | masks
 
 

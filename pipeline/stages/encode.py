@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from actors.build import build_segmenter, uses_gpu
-from actors.encoder import Encoded, InputConfig, SliceEncoder
+from actors.encoder import Encoded, SliceEncoder
+from actors.input_config import InputConfig
 from pipeline.config import StudyConfig
 from pipeline.dispatch import Task
 from pipeline.keys import SubjectKeys
 from storage.cohort import Subject
 from storage.embeddings import EmbeddingStore
+from storage.signature import check_signature
+
+SLICES_AT_ONCE = {"cpu": 1, "cuda": 8}
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,17 @@ def task(config: StudyConfig, store: Path) -> Task:
 
 
 def _build(config: StudyConfig, store: Path, device: str) -> Callable[[EncodeUnit], Encoded]:
-    encoder = SliceEncoder(partial(build_segmenter, config.segmenter, device), store)
+    encoder = SliceEncoder(partial(build_segmenter, config.segmenter, device), store, SLICES_AT_ONCE[device])
     return partial(run_unit, encoder, config.input)
 
 
 def run_unit(encoder: SliceEncoder, config: InputConfig, unit: EncodeUnit) -> Encoded:
-    """Encode one subject."""
+    """Encode one subject.
+
+    Raises:
+        SignatureMismatch: this worker's segmenter is not the one the driver planned with, for example because
+            its node holds other weights under the same path.
+        ImageError: for an image that cannot be used.
+    """
+    check_signature("this worker's segmenter", encoder.segmenter.signature, unit.signature["segmenter"])
     return encoder.encode(unit.subject, unit.image, unit.signature, config)
