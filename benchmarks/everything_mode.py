@@ -7,7 +7,8 @@
 Weights are random (no trained ones are needed to time arithmetic): the goldens' recipe if it is at
 ../shared/goldens, else seeded. Thresholds are set so that `--pass-share` of the masks pass the predicted IoU
 and half of those the stability; box suppression is off, because noise boxes all cover the image. Random masks
-are noise, on which the official run-length encoding is unrealistically slow: see ratio_without_rle.
+are noise, on which the official run-length encoding is unrealistically slow: see ratio_without_rle. Fast mode has
+fewer points, so it is also set beside the official generator on its own grid, where the masks are comparable.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import importlib.util
 import json
 import multiprocessing
+import os
 import resource
 import sys
 import time
@@ -196,6 +198,15 @@ def shared_masks(official: list[Any], ours: list[Any]) -> dict[str, float]:
     return {key: float(value) for key, value in counts.items()}
 
 
+def compare(seconds: Seconds, masks: list[Any], own_seconds: float, own: list[Any]) -> dict[str, Any]:
+    """How many times faster we are than an official run, and which of its masks we have."""
+    return {
+        "ratio": round(seconds["total"] / own_seconds, 2),
+        "ratio_without_rle": round((seconds["total"] - seconds["rle"]) / own_seconds, 2),
+        "masks": shared_masks(masks, own),
+    }
+
+
 def parse_options() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -213,20 +224,31 @@ def parse_options() -> argparse.Namespace:
 
 
 def time_actors(options: argparse.Namespace) -> dict[str, float]:
-    """Slices per second of one process, and of `options.actors` side by side, one thread each."""
+    """Slices per second of one process, and of `options.actors` side by side, one thread each.
+
+    `ratio_by_cpu` is what the ratio would be if nothing else took the cores: it counts the processor seconds of a
+    slice instead of the wall seconds.
+    """
     context = multiprocessing.get_context("spawn")
-    rates = {}
+    rates, rates_by_cpu = {}, {}
     for count in (1, options.actors):
         ready, seconds = context.Barrier(count), context.Queue()
         arguments = (options.variant, tuple(options.size), options.points_per_side, ready, seconds)
         actors = [context.Process(target=_run_actor, args=arguments) for _ in range(count)]
         for actor in actors:
             actor.start()
-        rates[count] = count / max(seconds.get() for _ in actors)
+        wall, cpu = zip(*(seconds.get() for _ in actors), strict=True)
+        rates[count], rates_by_cpu[count] = count / max(wall), count / max(cpu)
         for actor in actors:
             actor.join()
-    one, many = rates.values()
-    return {"one": round(one, 4), f"{options.actors}": round(many, 4), "ratio": round(many / one, 2)}
+    (one, many), (one_by_cpu, many_by_cpu) = rates.values(), rates_by_cpu.values()
+    return {
+        "one": round(one, 4),
+        f"{options.actors}": round(many, 4),
+        "ratio": round(many / one, 2),
+        "ratio_by_cpu": round(many_by_cpu / one_by_cpu, 2),
+        "load_average": os.getloadavg()[0],
+    }
 
 
 def _run_actor(variant: str, size: tuple[int, int], points_per_side: int, ready: Any, seconds: Any) -> None:
@@ -235,13 +257,16 @@ def _run_actor(variant: str, size: tuple[int, int], points_per_side: int, ready:
     model = build_from_state_dict(official_model(variant).state_dict(), variant)
     config = EverythingConfig(points_per_side, 0.5, 1e-4, box_nms=1.0)
     ready.wait()
-    seconds.put(run_ours(model, test_slices(1, *size), config, "cpu", "fp32")[0]["total"])
+    start = time.process_time()
+    wall = run_ours(model, test_slices(1, *size), config, "cpu", "fp32")[0]["total"]
+    seconds.put((wall, time.process_time() - start))
 
 
 def main() -> None:
     """Print one JSON report."""
     options = parse_options()
     report: dict[str, Any] = {**vars(options), "torch": torch.__version__}
+    load_before = os.getloadavg()[0]
     if options.actors > 1:
         print(json.dumps({**report, **time_actors(options)}, indent=1))
         return
@@ -267,13 +292,17 @@ def main() -> None:
     if options.device == "cuda":
         report["our_peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     if not options.skip_official:
-        seconds, masks = run_official(official.to(options.device), slices, exact, options.device)
-        report["official"] = {key: round(value, 3) for key, value in seconds.items()}
-        for name in ("exact", "fast"):
-            own = report[name]["total"]
-            report[name]["ratio"] = round(seconds["total"] / own, 2)
-            report[name]["ratio_without_rle"] = round((seconds["total"] - seconds["rle"]) / own, 2)
-            report[name]["masks"] = shared_masks(masks, found[name])
+        same_grid = replace(exact, points_per_side=fast.points_per_side)
+        official.to(options.device)
+        for label, config, names in (
+            ("official", exact, ("exact", "fast")),
+            ("official_fast_grid", same_grid, ("fast",)),
+        ):
+            seconds, masks = run_official(official, slices, config, options.device)
+            report[label] = {key: round(value, 3) for key, value in seconds.items()}
+            for name in names:
+                report[name][f"beside_{label}"] = compare(seconds, masks, report[name]["total"], found[name])
+    report["load_average"] = [load_before, os.getloadavg()[0]]
     print(json.dumps(report, indent=1, default=str))
 
 

@@ -1,10 +1,12 @@
-"""The column tables of README.md, made from the pinned schemas: `python -m pipeline.column_tables README.md`."""
+"""The tables of README.md, made from schemas and weights: `python -m pipeline.column_tables README.md`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+from actors.sam_variants import VARIANTS
+from actors.sam_weights import WEIGHTS
 from storage import tables
 
 _MEANING = {
@@ -28,6 +30,21 @@ def column_tables() -> str:
     return "\n\n".join(parts)
 
 
+def variants_table() -> str:
+    """Markdown: every SAM variant with its published file, defaults and source."""
+    lines = [
+        "| `segmenter:` | file | MB | preprocessing | predicted IoU, stability | from |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, variant in VARIANTS.items():
+        entry = WEIGHTS[name]
+        size = f"{entry.size / 1e6:.0f}" if entry.size else "–"
+        thresholds = f"{variant.pred_iou:.2f}, {variant.stability:.2f}"
+        source = f"`fetch`, [page]({entry.page})" if entry.url else f"[by hand]({entry.page})"
+        lines.append(f"| `{name}` | `{entry.file}` | {size} | {variant.preprocess} | {thresholds} | {source} |")
+    return "\n".join(lines)
+
+
 def replace_between(text: str, name: str, body: str) -> str:
     """Put `body` between the markers `<!-- name -->` and `<!-- /name -->`.
 
@@ -43,9 +60,10 @@ def replace_between(text: str, name: str, body: str) -> str:
 
 
 def main() -> None:
-    """Bring the column tables of a file in step with the schemas."""
+    """Bring the tables of a file in step with the schemas and the weights."""
     path = Path(sys.argv[1])
-    path.write_text(replace_between(path.read_text(encoding="utf-8"), "columns", column_tables()), encoding="utf-8")
+    text = replace_between(path.read_text(encoding="utf-8"), "columns", column_tables())
+    path.write_text(replace_between(text, "variants", variants_table()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -73,6 +73,10 @@ def test_the_column_tables_are_the_schemas() -> None:
     assert column_tables.replace_between(README, "columns", column_tables.column_tables()) == README
 
 
+def test_the_variants_table_is_that_of_the_weights() -> None:
+    assert column_tables.replace_between(README, "variants", column_tables.variants_table()) == README
+
+
 def test_column_tables_need_their_markers() -> None:
     with pytest.raises(ValueError, match="<!-- columns -->"):
         column_tables.replace_between("no markers", "columns", "")
