@@ -122,7 +122,7 @@ class SerialExecutor(AbstractContextManager["SerialExecutor"]):
 
     def __init__(self, config: ExecutionConfig) -> None:
         self.config = config
-        self.workers = 1
+        self.workers = self.active_workers = 1
 
     def map_units(self, task: Task, units: Iterable[Any]) -> Iterator[tuple[Any, Any | Failure]]:
         """Run `units` in order."""
@@ -185,6 +185,11 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
             if done and rest * (1 - 1 / min(self.workers, len(waiting))) > RAY_START_SECONDS:
                 return
             yield waiting.popleft()
+
+    @property
+    def active_workers(self) -> int:
+        """Processes that run units: this one, until Ray is needed."""
+        return self.workers if self._started else 1
 
     def _map_on_ray(self, task: Task, units: Collection[Any]) -> Iterator[tuple[Any, Any | Failure]]:
         self._start_ray()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
+from actors.component_tree import ComponentTreeConfig
+from pipeline.dispatch import RAY_START_SECONDS
 from pipeline.folder import StudyFolder
 from pipeline.pairs import choose_pairs
 from pipeline.process import own_cores
@@ -15,10 +19,17 @@ from storage.cohort import Subject
 from storage.images import ImageError, read_image
 
 SAMPLE = 24  # images read to learn how many slices a subject has
+Shape: TypeAlias = tuple[int, int, int]
 PAPER_WINDOW = 11  # slices to either side, section 4.2
-SECONDS_PER_SLICE = {"component_tree": 0.5, "sam": 20.0}  # one CPU core, before anything has been measured
-SECONDS_PER_PAIR = 1.5
-BYTES_PER_SLICE = {"component_tree": 1 << 19, "sam": 2_200_000}
+
+# Rules of thumb, before anything has been measured: one CPU core, data sets of 35 x 50 to 216 x 256 pixels a slice.
+SLICE_SECONDS, PIXEL_SECONDS = 0.03, 4.2e-6  # component_tree, encoding and pooling
+SAM_SLICE_SECONDS = 20.0
+PAIR_SECONDS, PAIR_SLICE_SECONDS, PAIR_VOXEL_SECONDS = 0.1, 0.035, 2.5e-6
+START_SECONDS = 2.0
+CELL_BYTES, CELLS = 140, 64  # component_tree: bytes per feature cell with the masks; cells along the longer side
+SAM_SLICE_BYTES = 2_200_000
+TRANSFORM_BYTES = 24  # per voxel of the fixed image
 
 
 @dataclass(frozen=True)
@@ -31,8 +42,9 @@ class Plan:
         pairs: to register.
         literal_encodes: slice encodings if every pair encoded its windows anew, as Algorithm 1 is written.
         store_bytes: of the embedding store.
+        transform_bytes: of the displacement fields.
         seconds: on `workers` workers, for all of it.
-        measured: whether size and time come from earlier runs in this folder, not from rules of thumb.
+        measured: whether the time comes from earlier runs in this folder, not from rules of thumb.
         problems: images of the sample that cannot be read.
         unknown_pairs: pairs that name a subject outside the cohort.
     """
@@ -43,6 +55,7 @@ class Plan:
     pairs: int
     literal_encodes: int
     store_bytes: int
+    transform_bytes: int
     seconds: float
     workers: int
     measured: bool
@@ -52,28 +65,54 @@ class Plan:
 
 def make_plan(request: Request, out: Path) -> Plan:
     """Estimate a study from its manifest, a sample of its images and, if there is one, its folder."""
-    subjects = request.cohort.subjects
-    depths, problems = _sample_depths(request, subjects)
-    depth = sum(depths) / max(1, len(depths))
-    slices = round(depth * len(subjects))
+    subjects, execution = request.cohort.subjects, request.config.execution
+    shapes, problems = _sample_shapes(request, subjects)
+    depth = _mean([shape[0] for shape in shapes])
     n_pairs = _count_pairs(request)
-    workers = request.config.execution.workers or own_cores()
-    name = request.config.segmenter.name
-    rates = _measured_rates(out, slices)
-    per_slice, per_pair = rates or (SECONDS_PER_SLICE.get(name, 1.0), SECONDS_PER_PAIR)
+    workers = 1 if execution.executor == "serial" else execution.workers or own_cores()
+    measured = _measured_rates(out)
+    weight_free = request.config.segmenter.name == ComponentTreeConfig().name
+    per_subject, per_pair = measured or (
+        _mean([_subject_seconds(shape, weight_free) for shape in shapes]),
+        _mean([_pair_seconds(shape) for shape in shapes]),
+    )
+    work = [(len(subjects) * per_subject, len(subjects)), (n_pairs * per_pair, n_pairs)]
     return Plan(
         subjects=len(subjects),
-        slices=slices,
-        sampled=len(depths) + len(problems),
+        slices=round(depth * len(subjects)),
+        sampled=len(shapes) + len(problems),
         pairs=n_pairs,
         literal_encodes=round(n_pairs * _literal_encodes(round(depth))),
-        store_bytes=round(slices * BYTES_PER_SLICE.get(name, 1 << 20)),
-        seconds=(slices * per_slice + n_pairs * per_pair) / workers,
+        store_bytes=round(len(subjects) * _mean([_subject_bytes(shape, weight_free) for shape in shapes])),
+        transform_bytes=round(n_pairs * TRANSFORM_BYTES * _mean([math.prod(shape) for shape in shapes])),
+        seconds=START_SECONDS + _wall_seconds(work, workers, execution.executor),
         workers=workers,
-        measured=rates is not None,
+        measured=measured is not None,
         problems=tuple(problems),
         unknown_pairs=len(request.unknown),
     )
+
+
+def _wall_seconds(work: Sequence[tuple[float, int]], workers: int, executor: str) -> float:
+    """Seconds of (seconds of work, units) stages: in this process, on Ray, or whichever `auto` would choose."""
+    serial = sum(seconds for seconds, _ in work)
+    ray = RAY_START_SECONDS + sum(seconds / max(1, min(workers, units)) for seconds, units in work)
+    return {"serial": serial, "ray": ray}.get(executor, min(serial, ray))
+
+
+def _subject_seconds(shape: Shape, weight_free: bool) -> float:
+    depth, height, width = shape
+    return depth * (SLICE_SECONDS + height * width * PIXEL_SECONDS if weight_free else SAM_SLICE_SECONDS)
+
+
+def _pair_seconds(shape: Shape) -> float:
+    return PAIR_SECONDS + shape[0] * PAIR_SLICE_SECONDS + math.prod(shape) * PAIR_VOXEL_SECONDS
+
+
+def _subject_bytes(shape: Shape, weight_free: bool) -> float:
+    depth, height, width = shape
+    shrink = min(1.0, CELLS / max(height, width))
+    return depth * (height * width * shrink**2 * CELL_BYTES if weight_free else SAM_SLICE_BYTES)
 
 
 def describe_plan(plan: Plan) -> str:
@@ -85,7 +124,7 @@ def describe_plan(plan: Plan) -> str:
         f"slices    {plan.slices} (from {plan.sampled} images)",
         f"pairs     {plan.pairs}",
         f"encodes   {plan.slices}, where encoding anew for every pair takes {plan.literal_encodes} ({saved:.0f}x)",
-        f"store     {plan.store_bytes / 2**30:.2f} GiB (rule of thumb)",
+        f"store     {_size(plan.store_bytes)}, transforms {_size(plan.transform_bytes)} (rule of thumb)",
         f"time      {_duration(plan.seconds)} on {plan.workers} workers ({source})",
     ]
     if plan.unknown_pairs:
@@ -93,17 +132,21 @@ def describe_plan(plan: Plan) -> str:
     return "\n".join([*lines, *(f"problem   {problem}" for problem in plan.problems)])
 
 
-def _sample_depths(request: Request, subjects: Sequence[Subject]) -> tuple[list[int], list[str]]:
-    """Number of slices of evenly spaced subjects, and what is wrong with those that cannot be read."""
+def _sample_shapes(request: Request, subjects: Sequence[Subject]) -> tuple[list[Shape], list[str]]:
+    """(slices, rows, columns) of evenly spaced subjects, and what is wrong with those that cannot be read."""
     step = max(1, len(subjects) // SAMPLE)
-    depths: list[int] = []
+    shapes: list[Shape] = []
     problems: list[str] = []
     for subject in subjects[::step]:
         try:
-            depths.append(read_image(subject.image, request.config.input.slice_axis).geometry.shape[0])
+            shapes.append(read_image(subject.image, request.config.input.slice_axis).geometry.shape)
         except ImageError as error:
             problems.append(f"{subject.subject}: {error}")
-    return depths, problems
+    return shapes, problems
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(1, len(values))
 
 
 def _count_pairs(request: Request) -> int:
@@ -121,18 +164,19 @@ def _literal_encodes(depth: int) -> int:
     return depth + window
 
 
-def _measured_rates(out: Path, slices: int) -> tuple[float, float] | None:
-    """Worker seconds per slice and per pair of the largest earlier runs, or None without any."""
-    rows = [row for row in tables.read_table(StudyFolder(out).root, "runs").to_pylist() if row["units_done"]]
-    encode = [row for row in rows if row["stage"] == "encode"]
-    pairs = [row for row in rows if row["stage"] in ("match", "fit")]
-    if not encode or not pairs or not slices:
+def _measured_rates(out: Path) -> tuple[float, float] | None:
+    """Worker seconds per subject and per pair, of the largest earlier run of each stage; None if one never ran."""
+    rates: dict[str, float] = {}
+    for row in sorted(tables.read_table(StudyFolder(out).root, "runs").to_pylist(), key=lambda row: row["units_done"]):
+        if row["units_done"]:
+            rates[row["stage"]] = row["seconds"] * row["workers"] / row["units_done"]
+    if not rates.keys() >= {"encode", "prototypes", "match", "fit"}:
         return None
-    largest = max(encode, key=lambda row: row["units_done"])
-    per_slice = largest["seconds"] * largest["workers"] / slices
-    done = max(row["units_done"] for row in pairs)
-    per_pair = sum(row["seconds"] * row["workers"] for row in pairs if row["units_done"] == done) / done
-    return per_slice, per_pair
+    return rates["encode"] + rates["prototypes"], rates["match"] + rates["fit"]
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"
 
 
 def _duration(seconds: float) -> str:

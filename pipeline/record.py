@@ -120,7 +120,6 @@ def append_run(
     record: Mapping[str, Any],
     start: float,
     stages: Sequence[StageCount],
-    workers: int,
 ) -> None:
     """Add one row per stage to the runs table."""
     started = datetime.fromtimestamp(start, UTC)
@@ -134,12 +133,12 @@ def append_run(
         "python": record["versions"]["python"],
         "packages": json.dumps(record["versions"]),
         "executor": record["config"]["execution"]["executor"],
-        "workers": workers,
     }
     rows = [
         {
             **shared,
             "stage": stage.stage,
+            "workers": stage.workers,
             "units_done": stage.done,
             "units_failed": stage.failed,
             "seconds": stage.seconds,

@@ -44,6 +44,7 @@ class StageCount:
     reused: int = 0
     failed: int = 0
     seconds: float = 0.0
+    workers: int = 1
     peak_memory_bytes: int | None = None
 
 
@@ -133,7 +134,7 @@ class Study:
         finally:
             self._write_failures()
         seconds = time.time() - start
-        record.append_run(self.folder, written, start, list(self.counts.values()), self.executor.workers)
+        record.append_run(self.folder, written, start, list(self.counts.values()))
         return StudySummary(tuple(self.counts.values()), self.failures.total, seconds)
 
     def start_stage(self, stage: str, reused: int) -> StageCount:
@@ -158,6 +159,7 @@ class Study:
                 advance(size[unit.unit])
                 yield unit, outcome
         self.counts[task.name].seconds = time.perf_counter() - start
+        self.counts[task.name].workers = self.executor.active_workers
         self.counts[task.name].peak_memory_bytes = self.executor.peak_memory_bytes()
 
     def _plan(

@@ -1,0 +1,68 @@
+"""The plan: sizes near those of a real run, times by executor, and rates from earlier runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.dispatch import RAY_START_SECONDS
+from pipeline.folder import StudyFolder
+from pipeline.plan import START_SECONDS, Plan, make_plan
+from pipeline.progress import SilentReporter
+from pipeline.request import read_request
+from pipeline.study import run_study
+from storage import tables
+from tests import phantoms
+
+RUN = {"run": "r", "executor": "auto"}
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return phantoms.write_cohort(tmp_path_factory.mktemp("cohort"), [f"s{n}" for n in range(8)], (4, 96, 80))
+
+
+def _plan(cohort: Path, out: Path, *overrides: str, pairs: str = "all") -> Plan:
+    return make_plan(read_request(None, cohort, pairs, overrides), out)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_sizes_are_those_of_the_run(shared_data: Path, tmp_path: Path) -> None:
+    folder = shared_data / "acdc_cardiac"
+    rows = [{"subject": name, "image": str(folder / f"patient068_{name}.nii.gz")} for name in ("ED", "ES")]
+    request = read_request(
+        None, phantoms.write_csv(tmp_path / "cohort.csv", rows), "star", ["execution.executor=serial"]
+    )
+    plan = make_plan(request, tmp_path / "study")
+    run_study(request.config, request.cohort, tmp_path / "study", reporter=SilentReporter())
+    study = StudyFolder(tmp_path / "study")
+    assert plan.store_bytes == pytest.approx(_bytes(study.embeddings), rel=0.5)
+    assert plan.transform_bytes == pytest.approx(_bytes(study.transforms), rel=0.2)
+    again = make_plan(request, tmp_path / "study")
+    assert again.measured
+    assert START_SECONDS < again.seconds < 10 * plan.seconds
+
+
+def test_workers_share_the_work_and_starting_ray_costs_time(cohort: Path, tmp_path: Path) -> None:
+    serial = _plan(cohort, tmp_path, "execution.executor=serial").seconds - START_SECONDS
+    ray = _plan(cohort, tmp_path, "execution.executor=ray", "execution.workers=4").seconds - START_SECONDS
+    assert ray == pytest.approx(RAY_START_SECONDS + serial / 4)
+    automatic = _plan(cohort, tmp_path, "execution.workers=4").seconds - START_SECONDS
+    assert automatic == pytest.approx(min(serial, ray))
+
+
+def test_rates_come_from_the_largest_earlier_runs(cohort: Path, tmp_path: Path) -> None:
+    rates = {"encode": 2.0, "prototypes": 0.5, "match": 0.1, "fit": 0.9}
+    rows = [
+        {**RUN, "stage": stage, "units_done": n, "seconds": rate * n / 2 + (n < 3) * 100, "workers": 2}
+        for stage, rate in rates.items()
+        for n in (0, 1, 10)
+    ]
+    tables.write_part(tmp_path, "runs", "r", tables.table_from_rows("runs", rows))
+    plan = _plan(cohort, tmp_path, "execution.executor=serial", pairs="star")
+    assert plan.measured
+    assert plan.seconds == pytest.approx(START_SECONDS + 8 * 2.5 + 7 * 1.0)
