@@ -39,6 +39,8 @@ class ComponentTreeConfig:
         even_levels: further levels at even steps of intensity, which separate small objects of strong contrast.
         delta: levels between a component and the two areas that its stability compares.
         min_stability: components at or below are dropped, 0..1.
+        min_contrast: least intensity between the two areas that stability compares, as a share of the slice's
+            range; noise in a flat region has none.
         min_area, max_area: share of the slice that a component may cover; never under `min_pixels`.
         min_pixels: smallest component, px.
         max_overlap: intersection over union above which the less stable of two components is dropped.
@@ -50,6 +52,7 @@ class ComponentTreeConfig:
     even_levels: int = 16
     delta: int = 2
     min_stability: float = 0.2
+    min_contrast: float = 0.02
     min_area: float = 0.0015
     max_area: float = 0.2
     min_pixels: int = 12
@@ -118,9 +121,11 @@ def _components(image: Float, config: ComponentTreeConfig) -> tuple[npt.NDArray[
     areas = [np.bincount(label, minlength=count + 1) for label, (_, count) in zip(labels, labelled, strict=True)]
     anchors = [_first_pixel(label, count) for label, (_, count) in zip(labels, labelled, strict=True)]
     smallest = max(config.min_area * flat.size, config.min_pixels)
-    found: list[npt.NDArray[np.float64]] = []
+    found = [np.zeros((0, 5))]
     for n, area in enumerate(areas):
         outer, inner = max(n - config.delta, 0), min(n + config.delta, len(levels) - 1)
+        if levels[inner] - levels[outer] < config.min_contrast * (levels[-1] - levels[0]):
+            continue
         core = np.bincount(labels[n][flat >= levels[inner]], minlength=len(area))
         stability = core / np.maximum(areas[outer][labels[outer][anchors[n]]], 1)
         good = (area >= smallest) & (area <= config.max_area * flat.size) & (stability > config.min_stability)

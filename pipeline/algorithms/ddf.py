@@ -77,7 +77,7 @@ def fit_ddf(
     if not pairs:
         return FitResult(np.zeros((3, *shape), np.float32), np.eye(4), "identity", np.zeros(0, np.float32))
     h0 = min(spacing_mm[1:]) if shape[0] == 1 else min(spacing_mm)
-    rois = roi_fields.build(pairs, spacing_mm, moving_spacing_mm, moving_to_fixed, h0, device)
+    rois = roi_fields.build(pairs, spacing_mm, moving_spacing_mm, moving_to_fixed, h0, device, config.confidence_power)
     affine = _fit_affine(rois, config, h0, flat=shape[0] == 1)
     u = None
     weights = rois.weight

@@ -43,6 +43,7 @@ class FitConfig:
         affine_prior_mm: how strongly few or clustered ROIs pull the affine towards a translation.
         robust: exponent by which ROIs that stay apart lose weight from level to level; 0 switches it off.
         slice_weight: weight of the matched slice's position along the through-plane axis.
+        confidence_power: a pair weighs its confidence to this power.
         points_per_roi: about how many voxels of a ROI vote, for each of its slices.
         levels: coarse to fine.
     """
@@ -54,5 +55,6 @@ class FitConfig:
     affine_prior_mm: float = 20.0
     robust: float = 1.0
     slice_weight: float = 0.05
+    confidence_power: float = 4.0
     points_per_roi: int = 120
     levels: tuple[Level, ...] = field(default=DEFAULT_LEVELS)

@@ -40,7 +40,7 @@ class SpatialConfig:
     enabled: bool = True
     epsilon: float = 0.55
     min_overlap: float = 0.2
-    weight: float = 0.3
+    weight: float = 0.4
     affine_rounds: int = 1
     local_rounds: int = 2
     reach: float = 0.35

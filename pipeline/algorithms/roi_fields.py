@@ -27,11 +27,11 @@ class Roi:
 
 @dataclass(frozen=True)
 class RoiPair:
-    """One matched pair and its weight (> 0) in the fit."""
+    """One matched pair and its confidence, above 0 to 1, which weights it in the fit."""
 
     fixed: Roi
     moving: Roi
-    weight: float = 1.0
+    confidence: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,7 @@ def build(
     moving_to_fixed: npt.NDArray[np.float64],
     h0: float,
     device: str,
+    confidence_power: float,
     margin: float = 12.0,
 ) -> RoiFields:
     """Distance maps and points of all pairs; `margin` (in h0) is how far around each ROI the fit can see."""
@@ -206,7 +207,7 @@ def build(
         fixed=tuple(fixed),
         corner=np.array(corner),
         spacing_mm=spacing_mm,
-        weight=real([p.weight for p in pairs]),
+        weight=real([p.confidence**confidence_power for p in pairs]),
         count=real([p.fixed.mask.sum() for p in pairs]),
         fixed_centroid=real(fixed_centroid),
         moving_centroid=real(moving_centroid),
