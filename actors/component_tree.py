@@ -26,6 +26,7 @@ _INTENSITY_BINS = 8
 _GRADIENT_BINS = 4
 _POSITION_BINS = 8
 _FINE_GRID = 64
+_MOST_CANDIDATES = 3000  # of one tree of one slice; bounds memory on large noisy slices
 
 Float = npt.NDArray[np.float32]
 
@@ -134,10 +135,12 @@ def _components(image: Float, config: ComponentTreeConfig) -> tuple[npt.NDArray[
         columns = [np.full(len(chosen), n), chosen, anchors[n][chosen], area[chosen], stability[chosen]]
         found.append(np.stack(columns, axis=1))
     table = np.concatenate(found)
-    table = table[np.argsort(-table[:, 4], kind="stable")]
+    table = table[np.argsort(-table[:, 4], kind="stable")[:_MOST_CANDIDATES]]
     level, component, anchor, area = table[:, :4].astype(np.int64).T
     keep = _suppress(_nested_overlap(labels, level, component, anchor, area), config.max_overlap)
-    masks = labels[level[keep]] == component[keep, None]
+    masks = np.empty((len(keep), flat.size), bool)
+    for mask, n in zip(masks, keep, strict=True):
+        np.equal(labels[level[n]], component[n], out=mask)
     return masks.reshape(len(keep), *image.shape), table[keep, 4].astype(np.float32)
 
 
@@ -163,7 +166,7 @@ def _nested_overlap(
     area: npt.NDArray[np.int64],
 ) -> Float:
     """Intersection over union of components of one tree, [n, n]: they are nested or disjoint."""
-    inside = (component == labels[level][:, anchor].T) & (level[:, None] >= level)
+    inside = (component == labels[level, anchor[:, None]]) & (level[:, None] >= level)
     ratio = (area[:, None] / area).astype(np.float32)
     return np.where(inside, ratio, np.where(inside.T, 1 / ratio, 0)).astype(np.float32)
 
