@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -29,11 +31,12 @@ def connect(cpus: int) -> bool:
     if ray.is_initialized():
         return False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(**quiet)
-    else:
-        with _without_note_on_tokens():
-            ray.init(num_cpus=cpus, include_dashboard=False, **quiet)
+    with _own_sigterm_handler():
+        if "RAY_ADDRESS" in os.environ:
+            ray.init(**quiet)
+        else:
+            with _without_note_on_tokens():
+                ray.init(num_cpus=cpus, include_dashboard=False, **quiet)
     return True
 
 
@@ -49,6 +52,17 @@ def cluster_resources() -> dict[str, float]:
     """Resources of the connected cluster, by name."""
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return resources
+
+
+@contextmanager
+def _own_sigterm_handler() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM; Ray puts its own in its place, which exits at once."""
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(ours) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours)
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""The `samreg` command. Exit codes: 0 all done, 1 something failed or is missing, 2 wrong usage, 130 interrupted."""
+"""The `samreg` command.
+
+Exit codes: 0 all done, 1 something failed or is missing, 2 wrong usage, 130 interrupted, 143 ended by SIGTERM.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from pipeline import cli_demo, cli_report, cli_weights
 if TYPE_CHECKING:
     from pipeline.config import StudyConfig
 
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 LOG_WIDTH = 120
 
 app = typer.Typer(
@@ -192,8 +195,9 @@ def _errors_as_exit_codes(out: Path | None) -> Iterator[None]:
 
     try:
         yield
-    except KeyboardInterrupt:
-        _stop(f"interrupted; what is finished is kept. Run the same command again to go on in {out}", INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        code = TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+        _stop(f"interrupted; what is finished is kept. Run the same command again to go on in {out}", code)
     except StudyError as error:
         _stop(str(error), FAILED)
     except (UsageError, CohortError, ImageError, TableError, CheckpointError, PackageMissingError) as error:
@@ -218,9 +222,12 @@ def _stop(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by which a scheduler ends a run: it stops as after Ctrl-C."""
+
+
 def _terminate(signum: int, frame: object) -> NoReturn:
-    """A scheduler's SIGTERM ends a run as Ctrl-C does."""
-    raise KeyboardInterrupt
+    raise Terminated
 
 
 _mount(cli_report.report)

@@ -143,19 +143,41 @@ def test_killing_a_ray_driver_costs_nothing(cohort: Path, undisturbed: dict[str,
 
 
 @pytest.mark.ray
-def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(cohort: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_ctrl_c_and_sigterm_stop_cleanly_and_say_how_to_go_on(
+    cohort: Path, undisturbed: dict[str, Any], tmp_path: Path, stop: signal.Signals
+) -> None:
+    """A terminal interrupts the whole process group; a scheduler ends the driver alone."""
     out = tmp_path / "study"
     with _start(cohort, out, "--executor", "ray", "--workers", "2") as process:
         _wait_for(lambda: list(out.glob(MOMENTS["first embedding"])), process)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, stop) if stop == signal.SIGINT else process.send_signal(stop)
         assert process.stderr is not None
         log = process.stderr.read()
-    assert process.returncode == 130, log
+    assert process.returncode == (130 if stop == signal.SIGINT else 143), log
     assert "interrupted" in log
     assert "Run the same command again" in log
     assert "Traceback" not in log
+    assert not _busy_workers(process.pid)
     again = _run(cohort, out)
     assert again.returncode == 0, again.stderr
+    assert phantoms.study_tables(out) == undisturbed
+
+
+@pytest.mark.parametrize("moment", ["first prototypes", "first transform"])
+def test_sigterm_during_a_serial_run_loses_nothing(
+    cohort: Path, undisturbed: dict[str, Any], tmp_path: Path, moment: str
+) -> None:
+    out = tmp_path / "study"
+    with _start(cohort, out, "--executor", "serial") as process:
+        _wait_for(lambda: list(out.glob(MOMENTS[moment])), process)
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        log = process.stderr.read()
+    assert process.returncode == 143, log
+    assert len([line for line in log.splitlines() if line.startswith("samreg: interrupted")]) == 1
+    assert "Traceback" not in log
+    assert _run(cohort, out).returncode == 0
     assert phantoms.study_tables(out) == undisturbed
 
 
