@@ -96,7 +96,7 @@ def _tre(prefix: str, meaning: str) -> _Columns:
 METRICS = _schema(
     [
         *_PAIR,
-        ("label", _INT, "", "label value; 0 is the mean over labels"),
+        ("label", _INT, "", "label value; 0 is the mean over the labels that both images hold"),
         ("dice_before", _MEASURE, "1", "Dice of the labels as they lie in world space"),
         ("dice_centered", _MEASURE, "1", "Dice with the volume centres aligned"),
         ("dice_affine", _MEASURE, "1", "Dice after the affine step"),

@@ -1,4 +1,4 @@
-"""Nothing in an image header that could identify a patient reaches a table, log, store, transform or record."""
+"""Nothing in an image header that could identify a patient reaches a table, log, store, transform, report or record."""
 
 from __future__ import annotations
 
@@ -64,10 +64,18 @@ def test_headers_stay_behind(tmp_path: Path) -> None:
     fit = ["--set", f"fit={json.dumps(phantoms.QUICK_FIT)}"]
     done = phantoms.samreg("run", "--cohort", manifest, "--out", out, "--executor", "serial", *fit)
     assert done.returncode == 1, done.stderr
-    said = done.stdout + done.stderr + phantoms.samreg("status", out).stdout
+    report = phantoms.samreg("report", out)
+    assert report.returncode == 0, report.stderr
+    said = done.stdout + done.stderr + report.stdout + report.stderr
+    for command in (["status", out], ["plan", "--cohort", manifest, "--out", out]):
+        shown = phantoms.samreg(*command)
+        said += shown.stdout + shown.stderr
+    assert "cut.nii" in said
     for name in tables.SCHEMAS:
         said += json.dumps(tables.read_table(out, name).to_pylist(), default=str)
     assert set(tables.read_table(out, "metrics").column("pair").to_pylist()) == {"p1__p2", "p2__p1"}
+    for kind in ("transforms/*.h5", "report/index.html", "report/*.png", "failures/*.parquet", "run.yaml", "plan.json"):
+        assert list(out.glob(kind)), kind
     stored = b"".join(path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file())
     for secret in SECRETS:
         assert secret not in said

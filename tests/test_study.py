@@ -77,6 +77,14 @@ def test_a_study_holds_what_it_promises(finished: Path) -> None:
     assert read_status(finished).complete
 
 
+def test_label_zero_is_the_mean_over_labels(finished: Path) -> None:
+    rows = [row for row in tables.read_table(finished, "metrics").to_pylist() if row["pair"] == "b__a"]
+    mean, *labels = rows
+    assert [row["label"] for row in rows] == [0, 1, 2, 3]
+    for column in ("dice_before", "dice_centered", "dice_affine", "dice", "tre_mm_before", "tre_mm", "hd95_mm"):
+        assert mean[column] == pytest.approx(np.mean([row[column] for row in labels])), column
+
+
 def test_the_transform_does_to_the_user_s_files_what_the_table_says(finished: Path, cohort: Path) -> None:
     fixed = sitk.ReadImage(str(cohort.parent / "0_gt.nii.gz"))
     moving = sitk.ReadImage(str(cohort.parent / "1_gt.nii.gz"))
