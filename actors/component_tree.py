@@ -53,7 +53,7 @@ class ComponentTreeConfig:
     even_levels: int = 16
     delta: int = 2
     min_stability: float = 0.2
-    min_contrast: float = 0.02
+    min_contrast: float = 0.01
     min_area: float = 0.0015
     max_area: float = 0.2
     min_pixels: int = 12
