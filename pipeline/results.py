@@ -73,7 +73,7 @@ def _rewrite(root: Path, name: str, spoiled: list[str], moving: Mapping[str, lis
     """Write the moved rows first and remove the emptied parts last, so that a kill in between loses none."""
     for target, pieces in moving.items():
         merged: pa.Table | None = None
-        if target not in spoiled and target in tables.part_names(root, name):
+        if target not in spoiled and tables.has_part(root, name, target):
             merged = tables.read_part(root, name, target)
         for piece in pieces:
             fresh = piece if merged is None else _without(piece, set(merged.column("pair").to_pylist()))
@@ -88,7 +88,7 @@ def _rewrite(root: Path, name: str, spoiled: list[str], moving: Mapping[str, lis
 
 def merge_rows(root: Path, name: str, part: str, fresh: pa.Table, pairs: Iterable[str]) -> None:
     """Replace the rows of `pairs` in a part by those of `fresh`."""
-    if part in tables.part_names(root, name):
+    if tables.has_part(root, name, part):
         fresh = pa.concat_tables([_without(tables.read_part(root, name, part), set(pairs)), fresh])
     if fresh.num_rows:
         tables.write_part(root, name, part, sort_rows(fresh))
@@ -105,7 +105,7 @@ def sort_rows(table: pa.Table) -> pa.Table:
 def rows_of(root: Path, name: str, part: str, pairs: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
     """Rows of some pairs of a part, as dicts, by pair; a pair without rows has an empty list."""
     found: dict[str, list[dict[str, Any]]] = {pair: [] for pair in pairs}
-    if part in tables.part_names(root, name):
+    if tables.has_part(root, name, part):
         table = tables.read_part(root, name, part)
         chosen = table.filter(pc.is_in(table.column("pair"), value_set=pa.array(list(found), pa.string())))
         for row in chosen.to_pylist():

@@ -28,6 +28,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "TableError",
     "describe",
+    "has_part",
     "part_names",
     "read_part",
     "read_table",
@@ -112,6 +113,11 @@ def part_names(root: str | Path, table_name: str) -> list[str]:
     """Names of the finished parts of a table, sorted."""
     _schema(table_name)
     return sorted(p.stem for p in (Path(root) / table_name).glob("*.parquet") if _PART.fullmatch(p.stem))
+
+
+def has_part(root: str | Path, table_name: str, part: str) -> bool:
+    """Whether a part is there, without listing the others."""
+    return _part_path(Path(root), table_name, part).exists()
 
 
 def remove_part(root: str | Path, table_name: str, part: str) -> None:

@@ -21,6 +21,7 @@ from storage.tables import (
     SCHEMAS,
     TableError,
     describe,
+    has_part,
     part_names,
     read_part,
     read_table,
@@ -97,8 +98,10 @@ def test_a_part_is_called_by_its_file_name(tmp_path, name):
     write_part(tmp_path, "failures", subject_key(name), _failures("u"))
     (listed,) = part_names(tmp_path, "failures")
     assert listed == subject_key(name)
+    assert has_part(tmp_path, "failures", listed)
     assert read_part(tmp_path, "failures", listed).num_rows == 1
     remove_part(tmp_path, "failures", listed)
+    assert not has_part(tmp_path, "failures", listed)
     assert part_names(tmp_path, "failures") == []
 
 
