@@ -232,8 +232,7 @@ def parse_options() -> argparse.Namespace:
 def time_actors(options: argparse.Namespace) -> dict[str, float]:
     """Slices per second of one process, and of `options.actors` side by side, one thread each.
 
-    `ratio_of_processor_seconds` is what the ratio would be if nothing else took the cores: it counts the processor seconds of a
-    slice instead of the wall seconds.
+    `ratio_of_processor_seconds` is what the ratio would be if nothing else took the cores.
     """
     context = multiprocessing.get_context("spawn")
     rates, rates_by_cpu = {}, {}
