@@ -44,7 +44,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _run(installed: Path, where: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=where, env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, *arguments], cwd=where, env=environment, capture_output=True, encoding="utf-8", timeout=240
     )
 
 
