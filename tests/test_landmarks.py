@@ -17,9 +17,7 @@ OBLIQUE = TILTED @ np.diag([-1.0, 1, -1])
 
 @pytest.fixture
 def geometry() -> Geometry:
-    return Geometry.from_file_grid(
-        FileGrid((9, 8, 7), (5.0, 1.5, 1.0), (4.0, -3.0, 2.0), tuple(OBLIQUE.ravel()))
-    )
+    return Geometry.from_file_grid(FileGrid((9, 8, 7), (5.0, 1.5, 1.0), (4.0, -3.0, 2.0), tuple(OBLIQUE.ravel())))
 
 
 def _write(path, header, rows):
@@ -35,9 +33,7 @@ def test_voxel_and_world_coordinates_agree_with_itk(tmp_path, geometry):
     voxels = [(0, 0, 0), (8, 1, 3), (2.5, 6.25, 1)]
     worlds = [image.TransformContinuousIndexToPhysicalPoint(v) for v in voxels]
     from_voxels = read_landmarks(_write(tmp_path / "a.csv", "i,j,k", voxels), geometry)
-    from_world = read_landmarks(
-        _write(tmp_path / "b.csv", "name,x,y,z", [("p", *w) for w in worlds]), geometry
-    )
+    from_world = read_landmarks(_write(tmp_path / "b.csv", "name,x,y,z", [("p", *w) for w in worlds]), geometry)
     np.testing.assert_allclose(from_voxels, from_world, atol=1e-9)
     np.testing.assert_allclose(local_to_world(from_voxels, geometry), worlds, atol=1e-9)
 
