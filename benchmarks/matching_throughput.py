@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.algorithms.matching import MatchConfig, RoiSet, SpatialConfig, match
 
-CHANNELS = 205  # of a component-tree prototype
+CHANNELS = 121  # of a component-tree prototype
 
 
 def subjects(slices: int, rois: int, seed: int = 0) -> tuple[RoiSet, RoiSet]:

@@ -43,11 +43,13 @@ def may_overlap(centre_a: Array, cov_a: Array, centre_b: Array, cov_b: Array, le
     Overlap needs exp(-d^2 / (4 lambda)) > least, with lambda the mean of the two largest variances; twice that d^2
     is let through.
     """
-    a, b = centre_a.astype(np.float32), centre_b.astype(np.float32)
-    gap = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * (a @ b.T)
+    middle = centre_a.mean(axis=0) if len(centre_a) else np.zeros(2)
     reach = -4 * np.log(max(least, 1e-6))
-    limit_a, limit_b = ((reach * _largest(c) + 0.5).astype(np.float32) for c in (cov_a, cov_b))
-    return np.asarray(gap < limit_a[:, None] + limit_b)
+    a, b = centre_a - middle, centre_b - middle
+    rest_a, rest_b = ((x**2).sum(1) - reach * _largest(c) for x, c in ((a, cov_a), (b, cov_b)))
+    left = np.column_stack([-2 * a, rest_a, np.ones(len(a))]).astype(np.float32)
+    right = np.column_stack([b, np.ones(len(b)), rest_b]).astype(np.float32)
+    return np.asarray(left @ right.T < 0.5)
 
 
 def _largest(covariance: Array) -> Array:

@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.algorithms import ellipses
-from pipeline.algorithms.affine import Affine, consensus_affine, robust_affine
+from pipeline.algorithms.affine import Affine, consensus_affine, middle_value, robust_affine
 from pipeline.algorithms.selection import greedy_one_to_one
 
 Float = npt.NDArray[np.float32]
 Index = npt.NDArray[np.int64]
 _SEEDS = 200
+_VOTERS = 250
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,10 @@ def _local_shift(
     weight: npt.NDArray[np.float64],
     reach: float,
 ) -> npt.NDArray[np.float64]:
-    """Robust kernel regression of the pairs' residuals at every fixed ROI: [N, 3] mm."""
+    """Robust kernel regression of the surest pairs' residuals at every fixed ROI: [N, 3] mm."""
+    if len(j) > _VOTERS:
+        surest = np.sort(np.argpartition(-weight, _VOTERS)[:_VOTERS])
+        j, residual, weight = j[surest], residual[surest], weight[surest]
     spread = reach * np.maximum(here.std(axis=0), 1e-3)
     spread[1:] = np.sqrt((spread[1:] ** 2).mean())
     x = (here / spread).astype(np.float32)
@@ -220,7 +224,7 @@ def _local_shift(
         total = kernel @ votes
         shift = (total[:, :3] / (total[:, 3:] + 1)).astype(np.float64)
         error = np.linalg.norm(residual - shift[j], axis=1)
-        trust = weight / (1 + (error / (2 * np.median(error) + 1e-3)) ** 2)
+        trust = weight / (1 + (error / (2 * middle_value(error) + 1e-3)) ** 2)
     return shift
 
 
