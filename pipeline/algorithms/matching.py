@@ -123,7 +123,8 @@ def match(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchC
     Returns:
         Matches, possibly none. Ties are broken by (moving, fixed) index, so the result is deterministic.
     """
-    similarity = np.clip(moving.prototypes @ fixed.prototypes.T, 0, 1)
+    similarity = moving.prototypes @ fixed.prototypes.T
+    np.clip(similarity, 0, 1, out=similarity)
     similarity *= slice_window(moving, fixed, moving_to_fixed, config)
     i, j = _positions(similarity > max(config.epsilon, 0.0))
     score = similarity[i, j]
