@@ -48,13 +48,14 @@ def _run(cohort: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str
 
 
 def _start(cohort: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    """A run in a process group of its own."""
+    """A run in a process group of its own, which Ctrl-C reaches even if the tests run in a shell's background."""
     return subprocess.Popen(
         phantoms.command(*_arguments(cohort, out, *more)),
         env=phantoms.environment(),
         stderr=subprocess.PIPE,
         encoding="utf-8",
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
