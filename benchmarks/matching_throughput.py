@@ -1,4 +1,4 @@
-"""Pairs matched per second of processor time: synthetic subjects of 20 slices x 30 ROIs, and the bare matrix product beside.
+"""Pairs matched per second of processor time: synthetic subjects of 20 slices x 30 ROIs, the matrix product beside.
 
 Run: python benchmarks/matching_throughput.py [--slices 20] [--rois 30] [--pairs 100]
 """

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
+Real = TypeVar("Real", npt.NDArray[np.float32], npt.NDArray[np.float64])
 
 
 def transform(covariance: Array, linear: Array) -> Array:
@@ -22,7 +25,7 @@ def transform(covariance: Array, linear: Array) -> Array:
     )
 
 
-def overlap(centre_a: Array, cov_a: Array, centre_b: Array, cov_b: Array) -> Array:
+def overlap(centre_a: Real, cov_a: Real, centre_b: Real, cov_b: Real) -> Real:
     """Squared Bhattacharyya coefficient of pairs of Gaussians, 0..1: a smooth stand-in for mask overlap.
 
     Args:
@@ -40,11 +43,11 @@ def overlap(centre_a: Array, cov_a: Array, centre_b: Array, cov_b: Array) -> Arr
 def may_overlap(centre_a: Array, cov_a: Array, centre_b: Array, cov_b: Array, least: float) -> npt.NDArray[np.bool_]:
     """Which of [N] and [M] ellipses can reach an `overlap` of `least`, 0..1, or could if moved a little: bool [N, M].
 
-    Overlap needs exp(-d^2 / (4 lambda)) > least, with lambda the mean of the two largest variances; twice that d^2
-    is let through.
+    Overlap needs exp(-d^2 / (4 lambda)) > least, with lambda the mean of the two largest variances; half as much d^2
+    again is let through.
     """
     middle = centre_a.mean(axis=0) if len(centre_a) else np.zeros(2)
-    reach = -4 * np.log(max(least, 1e-6))
+    reach = -3 * np.log(max(least, 1e-6))
     a, b = centre_a - middle, centre_b - middle
     rest_a, rest_b = ((x**2).sum(1) - reach * _largest(c) for x, c in ((a, cov_a), (b, cov_b)))
     left = np.column_stack([-2 * a, rest_a, np.ones(len(a))]).astype(np.float32)

@@ -184,6 +184,7 @@ def _consistent(
     gate = ellipses.may_overlap(there[:, 1:], turned, carried[:, 1:], spread, config.min_overlap)
     ci, cj = _positions(gate & (similarity > config.epsilon))
     alike = similarity[ci, cj]
+    centre, extent = there[:, 1:].astype(np.float32)[ci], turned.astype(np.float32)[ci]
     for round_number in range(config.affine_rounds + config.local_rounds):
         if round_number:
             weight = score.astype(np.float64)
@@ -192,9 +193,10 @@ def _consistent(
             spread = ellipses.transform(fixed.covariance_mm2, affine[1:3, 1:3])
         if round_number >= config.affine_rounds:
             carried = carried + _local_shift(here, j, there[i] - carried[j], weight, config.reach)
-        overlap = ellipses.overlap(there[ci, 1:], turned[ci], carried[cj, 1:], spread[cj])
+        overlap = ellipses.overlap(centre, extent, carried[:, 1:].astype(np.float32)[cj], spread.astype(np.float32)[cj])
         near = np.flatnonzero(overlap > config.min_overlap)
-        joint = (1 - config.weight) * alike[near] + config.weight * np.sqrt(overlap[near]).astype(np.float32)
+        blend = (1 - config.weight) * alike[near] + config.weight * np.sqrt(overlap[near])
+        joint = np.asarray(blend, dtype=np.float32)
         best = greedy_one_to_one(ci[near], cj[near], joint)
         i, j, score = ci[near[best]], cj[near[best]], joint[best]
         if len(i) < 3:
