@@ -158,11 +158,6 @@ class ControlGrid:
         spectrum = _separable(d, tuple(m for m, _ in self.modes)) * self._eigenvalues()
         return _separable(spectrum, tuple(m.T for m, _ in self.modes))
 
-    def laplacian_of(self, u: Lattice) -> Tensor:
-        """The Laplacian of a lattice field seen by the control points."""
-        mass = self.collect(torch.ones_like(u.values[:1]))
-        return self.laplacian(self.collect(u.values) / mass.clamp_min(1e-6))
-
     def precondition(self, values: Tensor, data: Tensor, smooth: float) -> Tensor:
         """Exact solve for a constant curvature `data` [3] plus smooth * Laplacian."""
         spectrum = _separable(values, tuple(m for m, _ in self.modes))

@@ -190,9 +190,7 @@ def _fit_level(
         curvature = jacobian[:, rows] * jacobian[:, cols] * weight[:, None]
         curvature = curvature + anchor[:, None] * (across[rows] * across[cols])
         g, h = grid.gather(cell, gain, curvature)
-        if config.elastic:
-            g = g + config.elastic * h0**2 * grid.laplacian_of(u)
-        d = solve(grid, g, h, (config.smoothness + config.elastic) * h0**2)
+        d = solve(grid, g, h, config.smoothness * h0**2)
         u = _guarded_step(u, grid.expand(torch.clamp(d, -limit, limit)), matrix)
     return u
 

@@ -37,7 +37,6 @@ class FitConfig:
 
     Attributes:
         smoothness: weight of the gradient penalty on each update (the lambda of Eq. 10 for the update).
-        elastic: weight of the gradient penalty on the whole field.
         step: largest update per iteration, as a fraction of the control spacing.
         affine_iterations: Gauss-Newton steps of the affine part.
         affine_prior_mm: how strongly few or clustered ROIs pull the affine towards a translation.
@@ -49,7 +48,6 @@ class FitConfig:
     """
 
     smoothness: float = 0.001
-    elastic: float = 0.0
     step: float = 0.4
     affine_iterations: int = 12
     affine_prior_mm: float = 20.0
