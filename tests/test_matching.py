@@ -142,6 +142,19 @@ def test_consistency_corrects_what_similarity_confuses() -> None:
     assert rate["spatial"] > rate["alone"] + 0.02
 
 
+def test_one_to_many_holds_under_consistency_too() -> None:
+    moving, fixed = scattered(4, np.eye(4), confusable=2.0)
+    doubled = RoiSet(
+        *(np.concatenate([getattr(fixed, n)] * 2) for n in ("prototypes", "slice", "centroid_mm", "area_mm2")),
+        covariance_mm2=np.concatenate([fixed.covariance_mm2] * 2),
+        n_slices=fixed.n_slices,
+    )
+    once = pairs(moving, doubled, MatchConfig())
+    many = pairs(moving, doubled, MatchConfig(one_to_one=False))
+    assert len({i for i, _ in once}) == len(once)
+    assert len(many) > len(once) * 1.5
+
+
 def test_matching_is_deterministic() -> None:
     moving, fixed = scattered(2, np.eye(4), confusable=1.0)
     first, second = (match(moving, fixed, np.eye(4), MatchConfig()) for _ in range(2))

@@ -63,7 +63,7 @@ def fit_ddf(
     """Fit the pull-back DDF that carries the moving ROIs onto the fixed ones.
 
     Args:
-        pairs: matched ROIs with weights; masks are crops of the fixed and of the moving grid.
+        pairs: matched ROIs with their confidence; masks are crops of the fixed and of the moving grid.
         shape: fixed grid (D, H, W).
         spacing_mm: fixed spacing (z, y, x).
         moving_spacing_mm: moving spacing (z, y, x).
@@ -105,7 +105,7 @@ def _transform(affine: Tensor, u: Lattice, x: Tensor) -> Tensor:
 
 
 def _fit_affine(rois: RoiFields, config: FitConfig, h0: float, flat: bool) -> Affine:
-    """Robust affine of the centroids, refined on the soft masks with the same prior."""
+    """Robust affine of the centroids, refined on the soft masks by damped Gauss-Newton steps."""
     fixed, moving, weight = (
         t.cpu().numpy().astype(np.float64) for t in (rois.fixed_centroid, rois.moving_centroid, rois.weight)
     )

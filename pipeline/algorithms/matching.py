@@ -131,7 +131,7 @@ def match(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchC
     chosen = _select(i, j, score, moving, config)
     i, j, score = i[chosen], j[chosen], score[chosen]
     if config.spatial.enabled and len(i) >= 3:
-        i, j, score = _consistent(i, j, score, similarity, moving, fixed, moving_to_fixed, config.spatial)
+        i, j, score = _consistent(i, j, score, similarity, moving, fixed, moving_to_fixed, config)
     order = np.lexsort((j, i, -score))
     order = order[_capped(moving.slice[i[order]], config)]
     return _matches(i[order], j[order], score[order], similarity)
@@ -156,7 +156,7 @@ def _positions(chosen: npt.NDArray[np.bool_]) -> tuple[Index, Index]:
 
 
 def _select(i: Index, j: Index, score: Float, moving: RoiSet, config: MatchConfig) -> Index:
-    """Positions of the pairs that the paper's rule takes."""
+    """Positions of the pairs that the one-to-one rule, or its absence, takes."""
     if not config.one_to_one:
         return np.arange(len(i))
     if config.scope == "window":
@@ -172,9 +172,10 @@ def _consistent(
     moving: RoiSet,
     fixed: RoiSet,
     moving_to_fixed: Affine,
-    config: SpatialConfig,
+    settings: MatchConfig,
 ) -> tuple[Index, Index, Float]:
     """Select again under a map estimated from the seeds (i, j); see the module docstring."""
+    config = settings.spatial
     here, there = fixed.centroid_mm, moving.centroid_mm @ moving_to_fixed[:3, :3].T + moving_to_fixed[:3, 3]
     turned = ellipses.transform(moving.covariance_mm2, moving_to_fixed[1:3, 1:3])
     seeds = np.argsort(-score, kind="stable")[:_SEEDS]
@@ -197,7 +198,7 @@ def _consistent(
         near = np.flatnonzero(overlap > config.min_overlap)
         blend = (1 - config.weight) * alike[near] + config.weight * np.sqrt(overlap[near])
         joint = np.asarray(blend, dtype=np.float32)
-        best = greedy_one_to_one(ci[near], cj[near], joint)
+        best = _select(ci[near], cj[near], joint, moving, settings)
         i, j, score = ci[near[best]], cj[near[best]], joint[best]
         if len(i) < 3:
             break
