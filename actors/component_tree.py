@@ -2,9 +2,8 @@
 
 Candidates come from the component trees (max-tree and min-tree) of each smoothed slice, cut at quantile levels; a
 component's stability is the analogue of SAM's stability score, the area two levels further in over the area two
-levels further out (the maximally-stable-region idea of Matas et al., BMVC 2002). Features describe each pixel by its
-soft-binned intensity rank at three scales, its gradient rank and its position in the body, so that a mask average
-is a histogram of what the ROI holds and where it lies. Nothing is learned, downloaded or random.
+levels further out (the maximally-stable-region idea of Matas et al., BMVC 2002). Features are those of
+`actors.tree_features`. Nothing is learned, downloaded or random.
 """
 
 from __future__ import annotations
@@ -16,19 +15,16 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from actors import tree_features
+from actors.level_tree import LevelTree, build_tree
 from actors.segmenter import Candidates, Features
 
-VERSION = 1
+VERSION = 2
 _SMOOTHING = 1.0
-_SCALES = (1.0, 4.0, 12.0)
-_GRADIENT_SCALE = 1.5
-_INTENSITY_BINS = 8
-_GRADIENT_BINS = 4
-_POSITION_BINS = 8
-_FINE_GRID = 64
-_MOST_CANDIDATES = 3000  # of one tree of one slice; bounds memory on large noisy slices
+_MOST_CANDIDATES = 3000  # of one slice; bounds memory on large noisy slices
 
 Float = npt.NDArray[np.float32]
+Index = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -60,6 +56,11 @@ class ComponentTreeConfig:
     max_overlap: float = 0.75
     max_rois: int = 40
 
+    def __post_init__(self) -> None:
+        if self.levels < 1 or self.even_levels < 0 or self.levels + self.even_levels > 254:
+            found = f"{self.levels} and {self.even_levels}"
+            raise ValueError(f"segmenter.levels and segmenter.even_levels are {found}; expected 1 to 254 together")
+
 
 class ComponentTree:
     """The component-tree segmenter (`actors.segmenter.Segmenter`)."""
@@ -68,14 +69,14 @@ class ComponentTree:
 
     def __init__(self, config: ComponentTreeConfig) -> None:
         self.config = config
-        self.layout: dict[str, Any] = _layout()
+        self.layout: dict[str, Any] = tree_features.layout()
         self.signature: dict[str, Any] = {**asdict(config), "version": VERSION}
 
     def encode(self, slices: npt.NDArray[np.uint8]) -> Features:
         """Features of uint8 [B, H, W, 3] slices on a grid of about 64 cells along the longer side."""
         height, width = slices.shape[1:3]
-        stride = max(1, round(max(height, width) / _FINE_GRID))
-        values = np.stack([_features(grey, stride) for grey in _grey(slices)])
+        stride = tree_features.grid_stride(height, width)
+        values = np.stack([tree_features.describe(grey, stride) for grey in _grey(slices)])
         return Features(values, (height / stride, width / stride))
 
     def everything(self, slices: npt.NDArray[np.uint8], features: Features) -> list[Candidates]:
@@ -84,28 +85,20 @@ class ComponentTree:
 
     def _slice_candidates(self, grey: Float) -> Candidates:
         smooth = ndimage.gaussian_filter(grey, _SMOOTHING)
-        bright, dark = (_components(sign * smooth, self.config) for sign in (1.0, -1.0))
-        masks = np.concatenate([bright[0], dark[0]])
-        stability = np.concatenate([bright[1], dark[1]])
-        order = np.argsort(-stability, kind="stable")
-        masks, stability = masks[order], stability[order]
-        keep = _suppress(_mask_overlap(masks), self.config.max_overlap)
-        keep = keep[_spread_over_sizes(masks[keep].sum(axis=(1, 2)))[: self.config.max_rois]]
-        return Candidates(masks[keep], stability[keep], stability[keep])
-
-
-def _layout() -> dict[str, Any]:
-    sizes = [
-        *((f"intensity_{scale:g}", _INTENSITY_BINS) for scale in _SCALES),
-        ("gradient", _GRADIENT_BINS),
-        ("position", _POSITION_BINS**2),
-    ]
-    weights = (0.3, 0.1, 0.1, 0.05, 0.25)
-    blocks, start = [], 0
-    for (name, size), weight in zip(sizes, weights, strict=True):
-        blocks.append([name, start, start + size, weight])
-        start += size
-    return {"blocks": blocks, "context": 0.3, "area": 0.03, "shape": 0.1}
+        levels = _levels(smooth, self.config)
+        step = np.searchsorted(levels, smooth, side="right").astype(np.uint8)
+        tree = build_tree(np.stack([step, len(levels) - step]))
+        nodes, stability = _stable_nodes(tree, levels, grey.size, self.config)
+        inside = _containment(tree, nodes)
+        keep = _suppress(_nested_overlap(inside, tree.area[nodes]), self.config.max_overlap)
+        nodes, stability, inside = nodes[keep], stability[keep], inside[np.ix_(keep, keep)]
+        regions = _innermost(tree, nodes)[tree.node]
+        keep = _suppress(_crossing_overlap(inside, regions, tree.area[nodes]), self.config.max_overlap)
+        keep = keep[_spread_over_sizes(tree.area[nodes[keep]])[: self.config.max_rois]]
+        masks = np.zeros((len(keep), *grey.shape), bool)
+        for mask, n in zip(masks, keep, strict=True):
+            np.take(np.append(inside[:, n], False), regions[tree.plane[nodes[n]]], out=mask)
+        return Candidates(masks, stability[keep], stability[keep])
 
 
 def _grey(slices: npt.NDArray[np.uint8]) -> Float:
@@ -113,70 +106,94 @@ def _grey(slices: npt.NDArray[np.uint8]) -> Float:
     return (slices.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)) / np.float32(255)
 
 
-def _components(image: Float, config: ComponentTreeConfig) -> tuple[npt.NDArray[np.bool_], Float]:
-    """Stable components {image >= t} of one slice, most stable first: bool [n, H, W] and stability [n]."""
-    flat = image.ravel()
-    levels = _levels(flat, config)
-    labelled = [ndimage.label(image >= level) for level in levels]
-    labels = np.stack([label.ravel() for label, _ in labelled])
-    areas = [np.bincount(label, minlength=count + 1) for label, (_, count) in zip(labels, labelled, strict=True)]
-    anchors = [_first_pixel(label, count) for label, (_, count) in zip(labels, labelled, strict=True)]
-    smallest = max(config.min_area * flat.size, config.min_pixels)
-    found = [np.zeros((0, 5))]
-    for n, area in enumerate(areas):
-        outer, inner = max(n - config.delta, 0), min(n + config.delta, len(levels) - 1)
-        if levels[inner] - levels[outer] < config.min_contrast * (levels[-1] - levels[0]):
-            continue
-        core = np.bincount(labels[n][flat >= levels[inner]], minlength=len(area))
-        stability = core / np.maximum(areas[outer][labels[outer][anchors[n]]], 1)
-        good = (area >= smallest) & (area <= config.max_area * flat.size) & (stability > config.min_stability)
-        good[0] = False
-        chosen = np.flatnonzero(good)
-        columns = [np.full(len(chosen), n), chosen, anchors[n][chosen], area[chosen], stability[chosen]]
-        found.append(np.stack(columns, axis=1))
-    table = np.concatenate(found)
-    table = table[np.argsort(-table[:, 4], kind="stable")[:_MOST_CANDIDATES]]
-    level, component, anchor, area = table[:, :4].astype(np.int64).T
-    keep = _suppress(_nested_overlap(labels, level, component, anchor, area), config.max_overlap)
-    masks = np.empty((len(keep), flat.size), bool)
-    for mask, n in zip(masks, keep, strict=True):
-        np.equal(labels[level[n]], component[n], out=mask)
-    return masks.reshape(len(keep), *image.shape), table[keep, 4].astype(np.float32)
-
-
-def _levels(flat: Float, config: ComponentTreeConfig) -> npt.NDArray[np.float64]:
+def _levels(image: Float, config: ComponentTreeConfig) -> Float:
     """Quantiles of the intensities, and even steps between the extreme ones, ascending."""
-    by_rank = np.quantile(flat, np.linspace(0, 1, config.levels + 2)[1:-1])
+    ordered = np.sort(image, axis=None)
+    share = np.linspace(0, 1, config.levels + 2)[1:-1]
+    by_rank = ordered[np.round(share * (len(ordered) - 1)).astype(np.int64)]
     by_value = np.linspace(by_rank[0], by_rank[-1], config.even_levels + 2)[1:-1]
-    return np.unique(np.concatenate([by_rank, by_value]))
+    return np.unique(np.concatenate([by_rank, by_value.astype(np.float32)]))
 
 
-def _first_pixel(label: npt.NDArray[np.signedinteger[Any]], count: int) -> npt.NDArray[np.int64]:
-    """Flat index of the first pixel of each component, [count + 1]."""
-    first = np.zeros(count + 1, np.int64)
-    first[label[::-1]] = np.arange(label.size - 1, -1, -1)
-    return first
+def _stable_nodes(tree: LevelTree, levels: Float, size: int, config: ComponentTreeConfig) -> tuple[Index, Float]:
+    """Nodes [n] of fitting size and their stabilities [n], the best over the levels where each stands, best first."""
+    top = len(levels)
+    fits = (tree.area >= max(config.min_area * size, config.min_pixels)) & (tree.area <= config.max_area * size)
+    fitting = np.flatnonzero(fits).astype(np.int32)
+    lowest = np.where(tree.parent >= 0, tree.level[tree.parent] + 1, 1)[fitting]
+    stands = tree.level[fitting] - lowest + 1
+    row = np.repeat(np.arange(len(fitting)), stands)
+    level = lowest[row] + np.arange(len(row)) - np.repeat(np.cumsum(stands) - stands, stands)
+    outer, inner = np.maximum(level - config.delta, 1), np.minimum(level + config.delta, top)
+    core = tree.area[fitting][row] - _pixels_below(tree, fitting, config.delta, top)[row, level]
+    stability = (core / tree.area[tree.component(fitting[row], outer)]).astype(np.float32)
+    value = np.stack([levels, -levels[::-1]])[tree.plane[fitting[row]]]
+    each = np.arange(len(row))
+    contrast = value[each, inner - 1] - value[each, outer - 1]
+    good = (stability > config.min_stability) & (contrast >= config.min_contrast * (levels[-1] - levels[0]))
+    order = np.flatnonzero(good)[np.argsort(-stability[good], kind="stable")]
+    first = np.sort(np.unique(row[order], return_index=True)[1])[:_MOST_CANDIDATES]
+    return fitting[row[order[first]]], stability[order[first]]
 
 
-def _nested_overlap(
-    labels: npt.NDArray[np.signedinteger[Any]],
-    level: npt.NDArray[np.int64],
-    component: npt.NDArray[np.int64],
-    anchor: npt.NDArray[np.int64],
-    area: npt.NDArray[np.int64],
-) -> Float:
-    """Intersection over union of components of one tree, [n, n]: they are nested or disjoint."""
-    inside = (component == labels[level, anchor[:, None]]) & (level[:, None] >= level)
-    ratio = (area[:, None] / area).astype(np.float32)
-    return np.where(inside, ratio, np.where(inside.T, 1 / ratio, 0)).astype(np.float32)
+def _pixels_below(tree: LevelTree, nodes: Index, delta: int, top: int) -> npt.NDArray[np.int64]:
+    """Pixels of the component of each node at each level that enter under `delta` levels further in: [n, top + 1]."""
+    row = np.full(len(tree.parent), -1, np.int64)
+    row[nodes] = np.arange(len(nodes))
+    lost = np.zeros(len(nodes) * (top + 1), np.int64)
+    for step in range(delta):
+        entering = np.flatnonzero((tree.level > step) & (tree.level < top)).astype(np.int32)
+        level = tree.level[entering] - step
+        at = row[tree.component(entering, level)]
+        wanted = at >= 0
+        cell = at[wanted] * (top + 1) + level[wanted]
+        lost += np.bincount(cell, tree.own[entering[wanted]], minlength=len(lost)).astype(np.int64)
+    return lost.reshape(len(nodes), top + 1)
 
 
-def _mask_overlap(masks: npt.NDArray[np.bool_]) -> Float:
-    """Intersection over union of masks [n, H, W], [n, n]."""
-    flat = masks.reshape(len(masks), masks[0].size if len(masks) else 0).astype(np.float32)
-    both = flat @ flat.T
-    area = flat.sum(1)
-    return np.asarray(both / np.maximum(area[:, None] + area - both, 1), np.float32)
+def _innermost(tree: LevelTree, nodes: Index) -> npt.NDArray[np.int64]:
+    """Position in `nodes` of the smallest that holds each node of the tree, len(nodes) where none: [N + 1].
+
+    The entry past the end is that of node -1.
+    """
+    found = np.full(len(tree.parent) + 1, len(nodes), np.int64)
+    found[nodes] = np.arange(len(nodes))
+    up = np.append(np.where(tree.parent < 0, len(tree.parent), tree.parent), len(tree.parent))
+    up[nodes] = nodes
+    while not np.array_equal(up[up], up):
+        up = up[up]
+    return np.asarray(found[up])
+
+
+def _containment(tree: LevelTree, nodes: Index) -> npt.NDArray[np.bool_]:
+    """Whether node i lies in node j or is it: bool [n, n]."""
+    container = _innermost(tree, nodes)[tree.parent[nodes]]
+    inside = np.eye(len(nodes) + 1, len(nodes), dtype=bool)
+    for n in np.argsort(-nodes):
+        inside[n] |= inside[container[n]]
+    return inside[:-1]
+
+
+def _nested_overlap(inside: npt.NDArray[np.bool_], area: Index) -> Float:
+    """Intersection over union of the components of one tree, [n, n]: they are nested or disjoint."""
+    ratio = inside * (area[:, None] / area).astype(np.float32)
+    return np.asarray(np.maximum(ratio, ratio.T))
+
+
+def _crossing_overlap(inside: npt.NDArray[np.bool_], regions: npt.NDArray[np.int64], area: Index) -> Float:
+    """Intersection over union of bright with dark components, [n, n]; 0 between those of one tree.
+
+    Args:
+        inside: of `_containment`.
+        regions: [2, H, W], innermost bright and dark component of each pixel, n where there is none.
+        area: [n], px.
+    """
+    n = len(area)
+    shared = np.bincount((regions[0] * (n + 1) + regions[1]).ravel(), minlength=(n + 1) ** 2)
+    held = inside.astype(np.float32)
+    both = held.T @ shared.reshape(n + 1, n + 1)[:n, :n].astype(np.float32) @ held
+    both += both.T
+    return np.asarray(both / (area[:, None] + area - both), dtype=np.float32)
 
 
 def _suppress(overlap: Float, limit: float) -> npt.NDArray[np.int64]:
@@ -188,7 +205,7 @@ def _suppress(overlap: Float, limit: float) -> npt.NDArray[np.int64]:
     return np.flatnonzero(alive)
 
 
-def _spread_over_sizes(areas: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _spread_over_sizes(areas: Index) -> npt.NDArray[np.int64]:
     """Order that takes the best of each octave of area, then the second of each, and so on."""
     octave = np.floor(np.log2(np.maximum(areas, 1)))
     rank = np.zeros(len(areas), np.int64)
@@ -196,51 +213,3 @@ def _spread_over_sizes(areas: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         members = np.flatnonzero(octave == value)
         rank[members] = np.arange(len(members))
     return np.argsort(rank, kind="stable")
-
-
-def _features(grey: Float, stride: int) -> Float:
-    """float32 [C, h, w] in 0..1, in the order of the layout: means over stride x stride cells."""
-    images = [(ndimage.gaussian_filter(grey, scale), _INTENSITY_BINS) for scale in _SCALES]
-    images.append((ndimage.gaussian_gradient_magnitude(grey, _GRADIENT_SCALE), _GRADIENT_BINS))
-    parts = [_soft_bins(_rank(image), bins) for image, bins in images]
-    for axis in (1, 2):
-        parts = [_shrink(part, stride, axis) for part in parts]
-    return np.concatenate([*parts, _position(grey, stride)])
-
-
-def _rank(image: Float) -> Float:
-    """Share of pixels darker than each pixel, 0..1."""
-    ordered = np.sort(image, axis=None)
-    return (np.searchsorted(ordered, image) / np.float32(image.size)).astype(np.float32)
-
-
-def _soft_bins(values: Float, bins: int) -> Float:
-    """Linear soft assignment of values 0..1 to `bins` centres: [bins, H, W], sums to 1."""
-    centres = np.arange(bins, dtype=np.float32)[:, None, None]
-    return np.asarray(np.clip(1 - np.abs(values * (bins - 1) - centres), 0, None), dtype=np.float32)
-
-
-def _position(grey: Float, stride: int) -> Float:
-    """Gaussian bumps on a square grid over the body's bounding box: [bins^2, h, w]."""
-    body = grey > 0.15 * np.quantile(grey, 0.99)
-    bumps = []
-    for axis in (0, 1):
-        occupied = np.flatnonzero(body.mean(axis=1 - axis) > 0.05)
-        low, high = (occupied[0], occupied[-1]) if len(occupied) > 1 else (0, grey.shape[axis] - 1)
-        place = (np.arange(grey.shape[axis]) - low) / max(high - low, 1) * (_POSITION_BINS - 1)
-        bump = np.exp(-0.5 * (place - np.arange(_POSITION_BINS)[:, None]) ** 2)
-        bumps.append(_shrink(bump.astype(np.float32), stride, 1))
-    rows, cols = bumps
-    return (rows[:, None, :, None] * cols[None, :, None, :]).reshape(-1, rows.shape[1], cols.shape[1])
-
-
-def _shrink(values: Float, stride: int, axis: int) -> Float:
-    """Mean over runs of `stride` entries along an axis, the last entry repeated where a run is incomplete."""
-    if stride == 1:
-        return values
-    size = values.shape[axis]
-    pad = [(0, 0)] * values.ndim
-    pad[axis] = (0, -size % stride)
-    padded = np.pad(values, pad, mode="edge")
-    shape = (*values.shape[:axis], -(-size // stride), stride, *values.shape[axis + 1 :])
-    return np.asarray(np.add.reduce(padded.reshape(shape), axis=axis + 1) / np.float32(stride), dtype=np.float32)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import time
+import tracemalloc
+
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from actors.component_tree import ComponentTree, ComponentTreeConfig
+from actors.level_tree import build_tree
 from actors.segmenter import Segmenter
 
 
@@ -90,3 +95,37 @@ def test_slices_do_not_influence_each_other(backend: Segmenter) -> None:
 
 def test_signature_tells_settings_apart(backend: ComponentTree) -> None:
     assert ComponentTree(ComponentTreeConfig(levels=32)).signature != backend.signature
+
+
+def test_tree_holds_the_components_of_every_level() -> None:
+    steps = np.random.default_rng(3).integers(0, 6, (2, 17, 23), dtype=np.uint8)
+    tree = build_tree(steps)
+    for plane in (0, 1):
+        for level in range(1, 6):
+            label, count = ndimage.label(steps[plane] >= level)
+            inside = label > 0
+            nodes = tree.component(tree.node[plane][inside], np.full(inside.sum(), level))
+            pairs = np.unique(np.stack([nodes, label[inside]]), axis=1)
+            assert pairs.shape[1] == count == len(np.unique(pairs[0]))
+            np.testing.assert_array_equal(tree.area[pairs[0]], np.bincount(label[inside])[pairs[1]])
+            assert (tree.plane[pairs[0]] == plane).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (1, 40)])
+def test_a_tiny_slice_has_no_roi(backend: Segmenter, shape: tuple[int, int]) -> None:
+    image = np.random.default_rng(4).integers(0, 255, (1, *shape, 3), dtype=np.uint8)
+    assert len(backend.everything(image, backend.encode(image))[0].masks) <= shape[0] * shape[1] // 12
+
+
+def test_a_large_noisy_slice_is_bounded_in_memory_and_time(backend: Segmenter) -> None:
+    grey = np.random.default_rng(5).integers(0, 255, (1, 900, 900, 1), dtype=np.uint8)
+    image = np.repeat(grey, 3, axis=3)
+    features = backend.encode(image)
+    begin = time.process_time()
+    tracemalloc.start()
+    found = backend.everything(image, features)[0]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0 < len(found.masks) <= 40
+    assert peak < 400 * 2**20
+    assert time.process_time() - begin < 20
