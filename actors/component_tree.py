@@ -19,7 +19,7 @@ from actors import tree_features
 from actors.level_tree import LevelTree, build_tree
 from actors.segmenter import Candidates, Features
 
-VERSION = 2
+VERSION = 3
 _SMOOTHING = 1.0
 _MOST_CANDIDATES = 3000  # of one slice; bounds memory on large noisy slices
 

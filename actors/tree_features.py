@@ -35,7 +35,7 @@ def layout() -> dict[str, Any]:
     for (name, size), weight in zip(sizes, weights, strict=True):
         blocks.append([name, start, start + size, weight])
         start += size
-    return {"blocks": blocks, "context": 0.3, "area": 0.03, "shape": 0.1}
+    return {"blocks": blocks, "context": 0.3, "surround": 1.5, "area": 0.03, "shape": 0.1}
 
 
 def grid_stride(height: int, width: int) -> int:

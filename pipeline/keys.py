@@ -20,7 +20,7 @@ from pipeline.inputs import InputDigests
 from storage.cohort import Pair
 from storage.signature import digest
 
-VERSIONS = {"encode": 1, "prototypes": 1, "match": 1, "fit": 1}
+VERSIONS = {"encode": 1, "prototypes": 2, "match": 2, "fit": 1}
 
 
 @dataclass(frozen=True)

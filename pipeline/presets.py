@@ -17,7 +17,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "area_unit": "ref200",
             "max_overlap": 0.8,
         },
-        "prototypes": {"context": 0.0, "area": 0.0, "shape": 0.0},
+        "prototypes": {"context": 0.0, "surround": 0.0, "area": 0.0, "shape": 0.0},
         "match": {
             "epsilon": 0.8,
             "scope": "window",
@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "area_unit": "ref200",
             "max_overlap": 0.9,
         },
-        "prototypes": {"context": 0.0, "area": 0.0, "shape": 0.0},
+        "prototypes": {"context": 0.0, "surround": 0.0, "area": 0.0, "shape": 0.0},
         "match": {
             "epsilon": 0.8,
             "scope": "volume",

@@ -1,51 +1,26 @@
 """Matching the ROIs of two subjects by their prototypes (Eq. 6-9, Algorithm 1).
 
-With `spatial` off this is the paper: cosine similarity inside a window of slices, greedy one-to-one selection above
-epsilon (or every pair above it). With `spatial` on, the greedy pairs only seed a consensus affine; candidates are then
-selected again by similarity together with how well their ellipses overlap under the map, first the affine, then a
-smooth local one estimated from the pairs themselves. Only prototypes and moments are read, never masks.
+With `spatial` off this is the paper: similarity inside a window of slices, then one-to-one selection above epsilon, or
+every pair above it. With `spatial` on, `pipeline.algorithms.consistency` selects again by similarity together with
+agreement in space. Only prototypes and moments are read, never masks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.algorithms import ellipses
-from pipeline.algorithms.affine import Affine, consensus_affine, middle_value, robust_affine
-from pipeline.algorithms.selection import greedy_one_to_one
+from pipeline.algorithms.affine import Affine
+from pipeline.algorithms.consistency import Candidates, Places, SpatialConfig, consistent_pairs
+from pipeline.algorithms.selection import Rule, one_to_one
+from pipeline.algorithms.similarity import Kind, calibrated_epsilon, compare, impossible_pairs
 
 Float = npt.NDArray[np.float32]
 Index = npt.NDArray[np.int64]
-_SEEDS = 200
-_VOTERS = 250
-
-
-@dataclass(frozen=True)
-class SpatialConfig:
-    """Settings of the spatially consistent selection.
-
-    Attributes:
-        enabled: off gives the paper's selection by similarity alone.
-        epsilon: similarity that a pair must exceed once the map is known.
-        min_overlap: least overlap of the two ellipses under the map, 0..1.
-        weight: share of the overlap in the score; the rest is the similarity.
-        affine_rounds, local_rounds: selections under the affine and under the local map.
-        reach: how far pairs inform the local map, as a share of the spread of the fixed ROIs.
-        prior_mm: see `pipeline.algorithms.affine.ridge_affine`.
-    """
-
-    enabled: bool = True
-    epsilon: float = 0.55
-    min_overlap: float = 0.2
-    weight: float = 0.4
-    affine_rounds: int = 1
-    local_rounds: int = 2
-    reach: float = 0.35
-    prior_mm: float = 20.0
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -53,8 +28,13 @@ class MatchConfig:
     """Settings of the matching.
 
     Attributes:
+        similarity: what is compared, see `pipeline.algorithms.similarity.compare` (Eq. 6).
         epsilon: similarity that a pair must exceed, 0..1 (Eq. 7).
-        one_to_one: each ROI in at most one pair (Eq. 8); else every pair above epsilon.
+        false_discovery: accepted share of wrong candidates, by which epsilon is calibrated for every pair of
+            subjects; 0 keeps the fixed epsilon.
+        one_to_one: true: each ROI in at most one pair (Eq. 8); false: every pair above epsilon; "hybrid": one-to-one,
+            then a second partner in another slice for ROIs left over (needs `spatial`).
+        selection: rule of the one-to-one selection: "greedy" (Eq. 9), "mutual" or "optimal".
         scope: one-to-one over the "volume", or over the "window" of each moving slice as Algorithm 1 is written.
         slice_range: half width of the window, inclusive (delta s).
         slice_unit: of `slice_range`: "slices" (index), "relative" (share of each volume's depth) or "mm" (world).
@@ -63,14 +43,23 @@ class MatchConfig:
         spatial: spatially consistent selection.
     """
 
-    epsilon: float = 0.75
-    one_to_one: bool = True
+    similarity: Kind = "cosine"
+    epsilon: float = 0.64
+    false_discovery: float = 0.0
+    one_to_one: bool | Literal["hybrid"] = True
+    selection: Rule = "greedy"
     scope: Literal["volume", "window"] = "volume"
     slice_range: float = 0.15
     slice_unit: Literal["slices", "relative", "mm"] = "relative"
     max_pairs: int = 0
     max_pairs_per: Literal["volume", "slice"] = "volume"
-    spatial: SpatialConfig = SpatialConfig()
+    spatial: SpatialConfig = field(default_factory=SpatialConfig)
+
+    def __post_init__(self) -> None:
+        if self.one_to_one == "hybrid" and not self.spatial.enabled:
+            raise ValueError("match.one_to_one is hybrid, which needs match.spatial.enabled: true")
+        if not 0 <= self.false_discovery < 1:
+            raise ValueError(f"match.false_discovery is {self.false_discovery}; it must be in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -123,23 +112,37 @@ def match(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchC
     Returns:
         Matches, possibly none. Ties are broken by (moving, fixed) index, so the result is deterministic.
     """
-    similarity = moving.prototypes @ fixed.prototypes.T
-    np.clip(similarity, 0, 1, out=similarity)
-    similarity *= slice_window(moving, fixed, moving_to_fixed, config)
-    i, j = _positions(similarity > max(config.epsilon, 0.0))
+    similarity = compare(moving.prototypes, fixed.prototypes, config.similarity)
+    window = slice_window(moving, fixed, moving_to_fixed, config, 1.0)
+    epsilon = _epsilon(similarity, window, moving, fixed, config)
+    i, j = _above(similarity, window, max(epsilon, 0.0))
     score = similarity[i, j]
     chosen = _select(i, j, score, moving, config)
     i, j, score = i[chosen], j[chosen], score[chosen]
     if config.spatial.enabled and len(i) >= 3:
-        i, j, score = _consistent(i, j, score, similarity, moving, fixed, moving_to_fixed, config)
+        wide = slice_window(moving, fixed, moving_to_fixed, config, config.spatial.widening)
+        here = Places(fixed.centroid_mm, fixed.covariance_mm2)
+        there = Places(moving.centroid_mm, moving.covariance_mm2).moved(moving_to_fixed)
+        alike = Candidates(np.where(wide, similarity, 0), max(epsilon - config.spatial.slack, 0.0))
+        i, j, score = consistent_pairs(
+            (i, j, score),
+            alike,
+            here,
+            there,
+            lambda i, j, score: _select(i, j, score, moving, config),
+            config.spatial,
+            more=config.one_to_one == "hybrid",
+        )
     order = np.lexsort((j, i, -score))
     order = order[_capped(moving.slice[i[order]], config)]
-    return _matches(i[order], j[order], score[order], similarity)
+    return _matches(i[order], j[order], score[order], similarity, window)
 
 
-def slice_window(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchConfig) -> npt.NDArray[np.bool_]:
-    """Which pairs lie in the window of slices: bool [N_moving, N_fixed]."""
-    reach = config.slice_range + 1e-9
+def slice_window(
+    moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchConfig, widening: float = 1.0
+) -> Mask:
+    """Which pairs lie in the window of slices, `widening` times as wide as set: bool [N_moving, N_fixed]."""
+    reach = config.slice_range * widening + 1e-9
     if config.slice_unit == "mm":
         here = moving.centroid_mm @ moving_to_fixed[0, :3] + moving_to_fixed[0, 3]
         return np.asarray(np.abs(here[:, None] - fixed.centroid_mm[:, 0]) <= reach)
@@ -150,8 +153,16 @@ def slice_window(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config:
     return np.asarray(near[moving.slice][:, fixed.slice])
 
 
-def _positions(chosen: npt.NDArray[np.bool_]) -> tuple[Index, Index]:
-    i, j = np.divmod(np.flatnonzero(chosen), chosen.shape[1])
+def _epsilon(similarity: Float, window: Mask, moving: RoiSet, fixed: RoiSet, config: MatchConfig) -> float:
+    if not config.false_discovery:
+        return config.epsilon
+    depth = ((moving.slice + 0.5) / moving.n_slices, (fixed.slice + 0.5) / fixed.n_slices)
+    impossible = impossible_pairs((moving.area_mm2, fixed.area_mm2), depth)
+    return calibrated_epsilon(similarity, window & ~impossible, impossible, config.false_discovery)
+
+
+def _above(similarity: Float, window: Mask, epsilon: float) -> tuple[Index, Index]:
+    i, j = np.divmod(np.flatnonzero((similarity > epsilon) & window), similarity.shape[1])
     return i, j
 
 
@@ -160,76 +171,8 @@ def _select(i: Index, j: Index, score: Float, moving: RoiSet, config: MatchConfi
     if not config.one_to_one:
         return np.arange(len(i))
     if config.scope == "window":
-        return greedy_one_to_one(i, j + moving.slice[i].astype(np.int64) * (j.max(initial=0) + 1), score)
-    return greedy_one_to_one(i, j, score)
-
-
-def _consistent(
-    i: Index,
-    j: Index,
-    score: Float,
-    similarity: Float,
-    moving: RoiSet,
-    fixed: RoiSet,
-    moving_to_fixed: Affine,
-    settings: MatchConfig,
-) -> tuple[Index, Index, Float]:
-    """Select again under a map estimated from the seeds (i, j); see the module docstring."""
-    config = settings.spatial
-    here, there = fixed.centroid_mm, moving.centroid_mm @ moving_to_fixed[:3, :3].T + moving_to_fixed[:3, 3]
-    turned = ellipses.transform(moving.covariance_mm2, moving_to_fixed[1:3, 1:3])
-    seeds = np.argsort(-score, kind="stable")[:_SEEDS]
-    affine = consensus_affine(here[j[seeds]], there[i[seeds]], score[seeds].astype(np.float64), config.prior_mm)
-    carried = here @ affine[:3, :3].T + affine[:3, 3]
-    spread = ellipses.transform(fixed.covariance_mm2, affine[1:3, 1:3])
-    gate = ellipses.may_overlap(there[:, 1:], turned, carried[:, 1:], spread, config.min_overlap)
-    ci, cj = _positions(gate & (similarity > config.epsilon))
-    alike = similarity[ci, cj]
-    centre, extent = there[:, 1:].astype(np.float32)[ci], turned.astype(np.float32)[ci]
-    for round_number in range(config.affine_rounds + config.local_rounds):
-        if round_number:
-            weight = score.astype(np.float64)
-            affine = robust_affine(here[j], there[i], weight**2, config.prior_mm, iterations=3)
-            carried = here @ affine[:3, :3].T + affine[:3, 3]
-            spread = ellipses.transform(fixed.covariance_mm2, affine[1:3, 1:3])
-        if round_number >= config.affine_rounds:
-            carried = carried + _local_shift(here, j, there[i] - carried[j], weight, config.reach)
-        overlap = ellipses.overlap(centre, extent, carried[:, 1:].astype(np.float32)[cj], spread.astype(np.float32)[cj])
-        near = np.flatnonzero(overlap > config.min_overlap)
-        blend = (1 - config.weight) * alike[near] + config.weight * np.sqrt(overlap[near])
-        joint = np.asarray(blend, dtype=np.float32)
-        best = _select(ci[near], cj[near], joint, moving, settings)
-        i, j, score = ci[near[best]], cj[near[best]], joint[best]
-        if len(i) < 3:
-            break
-    return i, j, score
-
-
-def _local_shift(
-    here: npt.NDArray[np.float64],
-    j: Index,
-    residual: npt.NDArray[np.float64],
-    weight: npt.NDArray[np.float64],
-    reach: float,
-) -> npt.NDArray[np.float64]:
-    """Robust kernel regression of the surest pairs' residuals at every fixed ROI: [N, 3] mm."""
-    if len(j) > _VOTERS:
-        surest = np.sort(np.argpartition(-weight, _VOTERS)[:_VOTERS])
-        j, residual, weight = j[surest], residual[surest], weight[surest]
-    spread = reach * np.maximum(here.std(axis=0), 1e-3)
-    spread[1:] = np.sqrt((spread[1:] ** 2).mean())
-    x = (here / spread).astype(np.float32)
-    gap = ((x**2).sum(1)[:, None] + (x[j] ** 2).sum(1) - 2 * x @ x[j].T).clip(0)
-    kernel = np.exp(-0.5 * gap)
-    trust = weight
-    shift = np.zeros_like(here)
-    for _ in range(3):
-        votes = np.column_stack([trust[:, None] * residual, trust]).astype(np.float32)
-        total = kernel @ votes
-        shift = (total[:, :3] / (total[:, 3:] + 1)).astype(np.float64)
-        error = np.linalg.norm(residual - shift[j], axis=1)
-        trust = weight / (1 + (error / (2 * middle_value(error) + 1e-3)) ** 2)
-    return shift
+        j = j + moving.slice[i].astype(np.int64) * (j.max(initial=0) + 1)
+    return one_to_one(i, j, score, config.selection)
 
 
 def _capped(slices: npt.NDArray[np.int32], config: MatchConfig) -> Index:
@@ -246,9 +189,9 @@ def _capped(slices: npt.NDArray[np.int32], config: MatchConfig) -> Index:
     return everything[place < config.max_pairs]
 
 
-def _matches(i: Index, j: Index, score: Float, similarity: Float) -> Matches:
+def _matches(i: Index, j: Index, score: Float, similarity: Float, window: Mask) -> Matches:
     raw = similarity[i, j]
-    others = similarity[i]
+    others = np.where(window[i], similarity[i], 0)
     others[np.arange(len(i)), j] = 0
     best_other = others.max(axis=1, initial=0)
     return Matches(i, j, raw, raw - best_other, score.astype(np.float32))

@@ -3,8 +3,8 @@
 The mask is brought to the feature grid by area averaging over the part of the grid that the image covers; the paper
 resizes to the whole grid by nearest neighbour, which misplaces masks of images that are not square. Where the
 features come in blocks (see `actors.segmenter`), each block is normalised by itself, so that the cosine of two
-prototypes (Eq. 6) is the weighted mean of their blocks' cosines. Three more blocks describe the ROI itself and are
-weighted by the backend, zero for SAM: its surroundings, its size and its shape.
+prototypes (Eq. 6) is the weighted mean of their blocks' cosines. Four more blocks describe the ROI itself and are
+weighted by the backend, zero for SAM: what borders it, what lies around it in every direction, its size and its shape.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from scipy import ndimage
 Float = npt.NDArray[np.float32]
 
 _AREA_OCTAVES = np.linspace(-10.0, -2.0, 17)
+_RADII = (0.04, 0.08, 0.16, 0.25)  # of the longer side of the slice
+_DIRECTIONS = 8
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,14 @@ class PrototypeConfig:
 
     Attributes:
         context: first feature block over a ring around the ROI, as wide as half its radius.
+        surround: mean bin of the first feature block, less one half, in eight directions at four distances.
         area: logarithm of its share of the slice.
         shape: elongation, orientation and compactness.
         min_cells: a ROI that covers fewer feature cells is dropped.
     """
 
     context: float | None = None
+    surround: float | None = None
     area: float | None = None
     shape: float | None = None
     min_cells: float = 1.0
@@ -63,11 +67,14 @@ def pool(
     flat = features.reshape(len(features), -1)
     means = _mean(weights, flat)
     parts = [(weight, means[:, start:stop]) for _, start, stop, weight in layout["blocks"]]
-    own = {name: _own_weight(name, layout, config) for name in ("context", "area", "shape")}
+    own = {name: _own_weight(name, layout, config) for name in ("context", "surround", "area", "shape")}
     if own["context"]:
         _, start, stop, _ = layout["blocks"][0]
         ring = resize_to_grid(_rings(masks), features.shape[1:], extent)
         parts.append((own["context"], _mean(ring, flat[start:stop])))
+    if own["surround"]:
+        _, start, stop, _ = layout["blocks"][0]
+        parts.append((own["surround"], _surround(features[start:stop], masks, extent)))
     if own["area"]:
         parts.append((own["area"], _area_code(masks)))
     if own["shape"]:
@@ -122,6 +129,25 @@ def _rings(masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         distance = ndimage.distance_transform_edt(~mask[box])
         ring[box] = (distance > 0) & (distance <= reach)
     return rings
+
+
+def _surround(block: Float, masks: npt.NDArray[np.bool_], extent: tuple[float, float]) -> Float:
+    """Where on the scale of bins the features around each ROI's centroid lie: [n, radii * directions], -0.5..0.5.
+
+    Unlike a histogram of everything near, this tells a bright neighbour on the left from one on the right. Distances
+    are shares of the slice, since what lies around a ROI does not scale with the ROI.
+    """
+    scale = np.linspace(-0.5, 0.5, len(block), dtype=np.float32) if len(block) > 1 else np.ones(1, np.float32)
+    level = np.tensordot(scale, block, axes=1) / np.maximum(block.sum(axis=0), 1e-6)
+    height, width = masks.shape[1:]
+    rows, cols = masks.sum(axis=2), masks.sum(axis=1)
+    area = np.maximum(rows.sum(axis=1), 1)
+    centre = np.stack([rows @ np.arange(height) / area, cols @ np.arange(width) / area], axis=1)
+    angle = np.arange(_DIRECTIONS) * (2 * np.pi / _DIRECTIONS)
+    ring = np.multiply.outer(np.array(_RADII) * max(height, width), np.stack([np.sin(angle), np.cos(angle)], axis=1))
+    place = (centre[:, None] + ring.reshape(-1, 2) + 0.5) * (np.asarray(extent) / (height, width)) - 0.5
+    sampled = ndimage.map_coordinates(level, place.reshape(-1, 2).T, order=1, mode="nearest")
+    return np.asarray(sampled, dtype=np.float32).reshape(len(masks), ring.shape[0] * _DIRECTIONS)
 
 
 def _area_code(masks: npt.NDArray[np.bool_]) -> Float:

@@ -1,0 +1,196 @@
+"""Selecting pairs by similarity together with agreement in space.
+
+The pairs that similarity alone selects are seeds: most of them agree on a robust affine map. Candidates are then
+selected again by similarity and by how well their ellipses overlap under the map, first the affine, then a smooth local
+one estimated from the pairs themselves, so that every round is led by the neighbourhood of a ROI. Stacks of slices
+seldom begin and end at the same anatomy, so the map also says in which slice a partner is expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.algorithms import ellipses
+from pipeline.algorithms.affine import Affine, consensus_affine, middle_value, robust_affine
+from pipeline.algorithms.selection import best_of_each
+
+Array = npt.NDArray[np.float64]
+Float = npt.NDArray[np.float32]
+Index = npt.NDArray[np.int64]
+Pairs: TypeAlias = tuple[Index, Index, Float]
+Select: TypeAlias = Callable[[Index, Index, Float], Index]
+_SEEDS = 200
+_VOTERS = 250
+
+
+@dataclass(frozen=True)
+class SpatialConfig:
+    """Settings of the spatially consistent selection.
+
+    Attributes:
+        enabled: off gives the paper's selection by similarity alone.
+        slack: how far below epsilon similarity may lie once the map is known.
+        min_overlap: least overlap of the two ellipses under the map, 0..1.
+        weight: share of the overlap in the score; the rest is the similarity.
+        widening: width of the window of slices once the map is known, in windows.
+        depth: distance from the expected slice at which the overlap counts 0.6, as a share of the moving depth.
+        affine_rounds, local_rounds: selections under the affine and under the local map.
+        reach: how far pairs inform the local map, as a share of the spread of the fixed ROIs.
+        second: least score of the second partner that `one_to_one: hybrid` allows.
+        prior_mm: see `pipeline.algorithms.affine.ridge_affine`.
+    """
+
+    enabled: bool = True
+    slack: float = 0.2
+    min_overlap: float = 0.2
+    weight: float = 0.4
+    widening: float = 2.0
+    depth: float = 0.1
+    affine_rounds: int = 1
+    local_rounds: int = 2
+    reach: float = 0.35
+    second: float = 0.7
+    prior_mm: float = 20.0
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where ROIs lie in the fixed frame: centroid_mm float64 [N, 3], covariance_mm2 float64 [N, 3] (yy, yx, xx)."""
+
+    centroid_mm: Array
+    covariance_mm2: Array
+
+    def moved(self, matrix: Affine) -> Places:
+        """The ROIs under a 4x4 map."""
+        centroid = self.centroid_mm @ matrix[:3, :3].T + matrix[:3, 3]
+        return Places(centroid, ellipses.transform(self.covariance_mm2, matrix[1:3, 1:3]))
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Similarities float32 [N_moving, N_fixed], 0 outside the window of slices, and what a pair must exceed."""
+
+    similarity: Float
+    epsilon: float
+
+
+def consistent_pairs(
+    seeds: Pairs,
+    candidates: Candidates,
+    fixed: Places,
+    moving: Places,
+    select: Select,
+    config: SpatialConfig,
+    more: bool,
+) -> Pairs:
+    """Select again under a map estimated from the seeds.
+
+    Args:
+        seeds: moving index, fixed index and similarity of at least three pairs.
+        candidates: what may be selected.
+        fixed, moving: places in the fixed frame, mm.
+        select: positions of the pairs that the one-to-one rule takes of scored candidates.
+        config: settings.
+        more: whether ROIs left over get a partner that has one already.
+
+    Returns:
+        Moving index, fixed index and score 0..1 of the pairs.
+    """
+    i, j, score = seeds
+    here, there = fixed.centroid_mm, moving.centroid_mm
+    first = np.argsort(-score, kind="stable")[:_SEEDS]
+    affine = consensus_affine(here[j[first]], there[i[first]], score[first].astype(np.float64), config.prior_mm)
+    carried = fixed.moved(affine)
+    ci, cj, alike = _gated(candidates, carried, moving, config)
+    for round_number in range(config.affine_rounds + config.local_rounds):
+        if round_number:
+            weight = score.astype(np.float64)
+            affine = robust_affine(here[j], there[i], weight**2, config.prior_mm, iterations=3)
+            carried = fixed.moved(affine)
+        if round_number >= config.affine_rounds:
+            shift = _local_shift(here, j, there[i] - carried.centroid_mm[j], weight, config.reach)
+            carried = Places(carried.centroid_mm + shift, carried.covariance_mm2)
+        joint = _joint_score(alike, _overlap(carried, moving, ci, cj, config, in_depth=round_number > 0), config)
+        near = np.flatnonzero(joint)
+        best = near[select(ci[near], cj[near], joint[near])]
+        i, j, score = ci[best], cj[best], joint[best]
+        if len(i) < 3:
+            return i, j, score
+    if more:
+        best = np.concatenate([best, _second_partners(ci, cj, joint, best, config.second)])
+    return ci[best], cj[best], joint[best]
+
+
+def _gated(candidates: Candidates, carried: Places, moving: Places, config: SpatialConfig) -> Pairs:
+    """Candidates above epsilon whose ellipses come near each other under the affine."""
+    gate = ellipses.may_overlap(
+        moving.centroid_mm[:, 1:],
+        moving.covariance_mm2,
+        carried.centroid_mm[:, 1:],
+        carried.covariance_mm2,
+        config.min_overlap,
+    )
+    gate &= candidates.similarity > candidates.epsilon
+    i, j = np.divmod(np.flatnonzero(gate), gate.shape[1])
+    return i, j, candidates.similarity[i, j]
+
+
+def _overlap(carried: Places, moving: Places, i: Index, j: Index, config: SpatialConfig, in_depth: bool) -> Float:
+    """Overlap of the ellipses in plane, less the farther the slice is from the expected one: [n], 0..1."""
+    centre, spread = (values.astype(np.float32) for values in (carried.centroid_mm, carried.covariance_mm2))
+    place, extent = (values.astype(np.float32) for values in (moving.centroid_mm, moving.covariance_mm2))
+    overlap = ellipses.overlap(place[i, 1:], extent[i], centre[j, 1:], spread[j])
+    if in_depth and config.depth:
+        sigma = config.depth * max(float(np.ptp(place[:, 0])), 1e-3)
+        overlap = overlap * np.exp(-0.5 * ((place[i, 0] - centre[j, 0]) / sigma) ** 2)
+    return np.asarray(overlap, np.float32)
+
+
+def _joint_score(alike: Float, overlap: Float, config: SpatialConfig) -> Float:
+    """Similarity and overlap in one number, 0 where the overlap is too small."""
+    joint = (1 - config.weight) * alike + config.weight * np.sqrt(overlap)
+    return np.asarray(np.where(overlap > config.min_overlap, joint, 0), np.float32)
+
+
+def _second_partners(i: Index, j: Index, score: Float, chosen: Index, least: float) -> Index:
+    """Positions of the best pair of every ROI that `chosen` leaves over, with a partner taken or not.
+
+    Where one stack has more slices than the other, a structure has more ROIs in one than in the other; one-to-one
+    leaves the surplus unused.
+    """
+    free = (score > least) & ~(np.isin(i, i[chosen]) & np.isin(j, j[chosen]))
+    lone_j, lone_i = (np.flatnonzero(free & ~np.isin(values, values[chosen])) for values in (j, i))
+    extra = [lone_j[best_of_each(j[lone_j], score[lone_j])], lone_i[best_of_each(i[lone_i], score[lone_i])]]
+    return np.unique(np.concatenate(extra))
+
+
+def _local_shift(
+    here: npt.NDArray[np.float64],
+    j: Index,
+    residual: npt.NDArray[np.float64],
+    weight: npt.NDArray[np.float64],
+    reach: float,
+) -> npt.NDArray[np.float64]:
+    """Robust kernel regression of the surest pairs' residuals at every fixed ROI: [N, 3] mm."""
+    if len(j) > _VOTERS:
+        surest = np.sort(np.argpartition(-weight, _VOTERS)[:_VOTERS])
+        j, residual, weight = j[surest], residual[surest], weight[surest]
+    spread = reach * np.maximum(here.std(axis=0), 1e-3)
+    spread[1:] = np.sqrt((spread[1:] ** 2).mean())
+    x = (here / spread).astype(np.float32)
+    gap = ((x**2).sum(1)[:, None] + (x[j] ** 2).sum(1) - 2 * x @ x[j].T).clip(0)
+    kernel = np.exp(-0.5 * gap)
+    trust = weight
+    shift = np.zeros_like(here)
+    for _ in range(3):
+        votes = np.column_stack([trust[:, None] * residual, trust]).astype(np.float32)
+        total = kernel @ votes
+        shift = (total[:, :3] / (total[:, 3:] + 1)).astype(np.float64)
+        error = np.linalg.norm(residual - shift[j], axis=1)
+        trust = weight / (1 + (error / (2 * middle_value(error) + 1e-3)) ** 2)
+    return shift
