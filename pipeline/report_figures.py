@@ -143,7 +143,7 @@ def _stages(axes: Axes, values: Mapping[str, Values], title: str) -> None:
     axes.set_title(title, fontsize=10)
     strip_frame(axes)
     if not known:
-        _nothing(axes)
+        show_no_values(axes)
         return
     boxes = axes.boxplot(list(known.values()), widths=0.55, patch_artist=True, showfliers=False)
     for box, median, stage in zip(boxes["boxes"], boxes["medians"], known, strict=True):
@@ -160,7 +160,7 @@ def _histogram(axes: Axes, values: Values, title: str, counted: str) -> None:
     axes.set_title(title, fontsize=10)
     strip_frame(axes)
     if not len(values):
-        _nothing(axes)
+        show_no_values(axes)
         return
     low, high = float(values.min()), float(values.max())
     if high - low < 1e-9:
@@ -170,7 +170,8 @@ def _histogram(axes: Axes, values: Values, title: str, counted: str) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _nothing(axes: Axes) -> None:
+def show_no_values(axes: Axes) -> None:
+    """Say that there is nothing to draw."""
     axes.text(0.5, 0.5, "no values", ha="center", va="center", transform=axes.transAxes, color="#555555")
     axes.set(xticks=[], yticks=[])
 

@@ -12,7 +12,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.report_figures import STAGE_COLOURS, encode_png, strip_frame
+from pipeline.report_figures import STAGE_COLOURS, encode_png, show_no_values, strip_frame
 from pipeline.sweep_tables import best_distance
 
 Row = dict[str, Any]
@@ -32,20 +32,19 @@ def axis_figure(table: pa.Table, axis: str, others: Sequence[str] = (), label: i
     lines = {key: [row for row in rows if _key(row, others) == key] for key in _in_order(_key(r, others) for r in rows)}
     distance = best_distance(table)
     unit = "mm" if distance.endswith("mm") else "voxel"
-    titles = {"dice": "Dice", distance: f"TRE ({unit})", "n_rois": "matched ROIs of a pair"}
+    titles = {"dice": "Dice, mean and SD", distance: f"TRE ({unit}), mean and SD", "n_rois": "matched ROIs of a pair"}
     shown = {name: title for name, title in titles.items() if any(row[name] is not None for row in rows)}
-    height = 3.4 + 0.22 * (len(lines) // 3 if len(lines) > 1 else 0)
-    figure = Figure(figsize=(3.8 * max(1, len(shown)), height), layout="constrained")
-    for axes, (name, title) in zip(
-        figure.subplots(1, max(1, len(shown)), squeeze=False)[0], shown.items(), strict=False
-    ):
+    columns, extra = max(1, len(shown)), len(lines) // 4 if len(lines) > 1 else 0
+    figure = Figure(figsize=(3.8 * columns, 3.4 + 0.2 * extra), layout="constrained")
+    panels = figure.subplots(1, columns, squeeze=False)[0]
+    for axes, (name, title) in zip(panels, shown.items(), strict=bool(shown)):
         _draw(axes, name, axis, values, lines)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel(axis)
+        axes.set(title=title, xlabel=axis)
         strip_frame(axes)
-    handles = {
-        text: handle for axes in figure.axes for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+    if not shown:
+        show_no_values(panels[0])
+    legend = [axes.get_legend_handles_labels() for axes in panels]
+    handles = {text: handle for found in legend for handle, text in zip(*found, strict=True)}
     if len(handles) > 1:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return encode_png(figure)
@@ -56,6 +55,8 @@ def _draw(axes: Axes, name: str, axis: str, values: Sequence[Any], lines: dict[t
     place = {value: value if numeric else number for number, value in enumerate(values)}
     for number, (key, rows) in enumerate(lines.items()):
         known = sorted((row for row in rows if row[name] is not None), key=lambda row: place[row[axis]])
+        if not known:
+            continue
         x = np.array([place[row[axis]] for row in known], dtype=np.float64)
         mean = np.array([row[name] for row in known], dtype=np.float64)
         colour = _COLOURS[number] if len(lines) <= len(_COLOURS) else colormaps["cividis"](number / len(lines))

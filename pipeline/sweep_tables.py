@@ -124,20 +124,8 @@ def describe_sweep(table: pa.Table, axes: Sequence[str]) -> Table:
     rows = table.filter(pc.equal(table.column("label"), 0)).to_pylist()
     distance = best_distance(table)
     unit = "mm" if distance.endswith("mm") else "voxel"
-    titles = (
-        "pairs",
-        "failed",
-        "Dice before",
-        "affine",
-        "Dice",
-        "p30",
-        f"TRE {unit}",
-        "p70",
-        "ROIs",
-        "folded",
-        "s fit",
-    )
-    shown = Table(*axes, *titles)
+    accuracy = ("Dice before", "affine", "Dice", "p30", f"TRE {unit}", "p70")
+    shown = Table(*axes, "pairs", "failed", *accuracy, "ROIs", "folded", "s fit")
     best = {"dice": _extreme(rows, "dice", max), distance: _extreme(rows, distance, min)}
     for row in rows:
         cells = [str(row["n_pairs"]), str(row["n_failed"]), *(_number(row[n]) for n in ("dice_before", "dice_affine"))]
