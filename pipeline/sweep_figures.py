@@ -18,6 +18,9 @@ from pipeline.sweep_tables import best_distance
 Row = dict[str, Any]
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
+_SHIFT = 0.3  # lines beside each other over a value that is no number, at most this far from it
+_LOGARITHMIC = 20  # ratio of the largest to the smallest value from which an axis is logarithmic
+
 
 def axis_figure(table: pa.Table, axis: str, others: Sequence[str] = (), label: int = 0) -> bytes:
     """Mean and standard deviation over pairs against the values of an axis, a line per combination of the others.
@@ -53,11 +56,12 @@ def axis_figure(table: pa.Table, axis: str, others: Sequence[str] = (), label: i
 def _draw(axes: Axes, name: str, axis: str, values: Sequence[Any], lines: dict[tuple[Any, ...], list[Row]]) -> None:
     numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
     place = {value: value if numeric else number for number, value in enumerate(values)}
+    offsets = np.zeros(len(lines)) if numeric else np.linspace(-_SHIFT, _SHIFT, len(lines) + 2)[1:-1]
     for number, (key, rows) in enumerate(lines.items()):
         known = sorted((row for row in rows if row[name] is not None), key=lambda row: place[row[axis]])
         if not known:
             continue
-        x = np.array([place[row[axis]] for row in known], dtype=np.float64)
+        x = np.array([place[row[axis]] for row in known], dtype=np.float64) + offsets[number]
         mean = np.array([row[name] for row in known], dtype=np.float64)
         colour = _COLOURS[number] if len(lines) <= len(_COLOURS) else colormaps["cividis"](number / len(lines))
         text = ", ".join(map(str, key)) or "after registration"
@@ -68,6 +72,8 @@ def _draw(axes: Axes, name: str, axis: str, values: Sequence[Any], lines: dict[t
                 axes.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.12, linewidth=0)
             else:
                 axes.errorbar(x, mean, sd, fmt="none", ecolor=colour, alpha=0.5, capsize=3)
+    if numeric and min(values) > 0 and max(values) >= _LOGARITHMIC * min(values):
+        axes.set_xscale("log")
     if not numeric:
         axes.set_xticks(range(len(values)), [str(value) for value in values])
         axes.set_xlim(-0.6, len(values) - 0.4)

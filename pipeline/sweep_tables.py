@@ -124,11 +124,13 @@ def describe_sweep(table: pa.Table, axes: Sequence[str]) -> Table:
     rows = table.filter(pc.equal(table.column("label"), 0)).to_pylist()
     distance = best_distance(table)
     unit = "mm" if distance.endswith("mm") else "voxel"
-    accuracy = ("Dice before", "affine", "Dice", "p30", f"TRE {unit}", "p70")
-    shown = Table(*axes, "pairs", "failed", *accuracy, "ROIs", "folded", "s fit")
+    titles = ("pairs", "failed", "Dice affine", "Dice", "p30", f"TRE {unit}", "p70", "ROIs", "folded", "s fit")
+    before = [_number(_first(rows, f"{name}_before")) for name in ("dice", distance)]
+    caption = f"before registration: Dice {before[0]}, TRE {before[1]} {unit}" if all(before) else None
+    shown = Table(*(axis.replace(".", ".\n") for axis in axes), *titles, caption=caption)
     best = {"dice": _extreme(rows, "dice", max), distance: _extreme(rows, distance, min)}
     for row in rows:
-        cells = [str(row["n_pairs"]), str(row["n_failed"]), *(_number(row[n]) for n in ("dice_before", "dice_affine"))]
+        cells = [str(row["n_pairs"]), str(row["n_failed"]), _number(row["dice_affine"])]
         for name, percentile in (("dice", "dice_p30"), (distance, f"{distance}_p70")):
             text = "" if row[name] is None else f"{row[name]:.3f} ± {row[f'{name}_sd']:.3f}"
             is_best = row[name] is not None and row[name] == best[name]
@@ -136,6 +138,10 @@ def describe_sweep(table: pa.Table, axes: Sequence[str]) -> Table:
         cells += [_number(row["n_rois"], 1), _number(row["fold_fraction"], 4), _number(row["seconds_fit"], 2)]
         shown.add_row(*(str(row[axis]) for axis in axes), *cells)
     return shown
+
+
+def _first(rows: Sequence[dict[str, Any]], name: str) -> float | None:
+    return next((row[name] for row in rows if row[name] is not None), None)
 
 
 def _extreme(rows: Sequence[dict[str, Any]], name: str, choose: Any) -> float | None:

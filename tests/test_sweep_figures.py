@@ -88,6 +88,7 @@ def test_landmarks_go_before_labels_and_mm_before_voxels() -> None:
 def test_the_printed_table_marks_the_best() -> None:
     table = describe_sweep(_table({"match.epsilon": [0.6, 0.7]}), ["match.epsilon"])
     cells = {str(column.header): list(column.cells) for column in table.columns}
-    assert cells["match.epsilon"] == ["0.6", "0.7"]
+    assert cells["match.\nepsilon"] == ["0.6", "0.7"]
     assert cells["Dice"] == ["0.500 ± 0.050", "[bold]0.600 ± 0.050[/bold]"]
     assert cells["TRE mm"][1].startswith("[bold]4.000")
+    assert table.caption == "before registration: Dice 0.300, TRE 5.000 mm"
