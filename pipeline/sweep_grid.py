@@ -89,18 +89,18 @@ def read_grid(path: Path | None, axes: Sequence[str] = (), base: Sequence[str] =
     Raises:
         ConfigError: for a file or an option of another form, or without any axis.
     """
-    given = read_yaml(path) if path is not None else {}
+    given = {str(setting): values for setting, values in (read_yaml(path) if path is not None else {}).items()}
     shared = given.pop("set", None) or {}
     if not isinstance(shared, dict):
         raise ConfigError(f"{path}: set: expected a mapping of settings, got {shared!r}")
     given |= dict(parse_setting(text, "--grid", several=True) for text in axes)
-    shared |= dict(parse_setting(text) for text in base)
+    shared = {str(setting): value for setting, value in shared.items()} | dict(map(parse_setting, base))
     for setting, values in given.items():
         if not isinstance(values, list) or not values:
             raise ConfigError(f"{setting}: expected a list of values to sweep over, got {values!r}")
     if not given:
         raise ConfigError("nothing to sweep: give a grid file, or --grid match.epsilon=0.7,0.75,0.8")
-    return Grid(path.stem if path is not None else "-".join(map(str, given)), given, shared)
+    return Grid(path.stem if path is not None else "-".join(given), given, shared)
 
 
 def section_digest(config: StudyConfig, *sections: str) -> str:
@@ -109,8 +109,8 @@ def section_digest(config: StudyConfig, *sections: str) -> str:
     return digest({name: resolved[name] for name in sections})
 
 
-def _check_may_vary(path: object) -> None:
-    section = str(path).split(".", 1)[0]
+def _check_may_vary(path: str) -> None:
+    section = path.split(".", 1)[0]
     if section in _REFUSED:
         allowed = ", ".join(SWEPT[:-1])
         raise ConfigError(f"{path}: a sweep changes settings of {allowed} and {SWEPT[-1]} only: {_REFUSED[section]}")

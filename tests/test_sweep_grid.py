@@ -55,6 +55,13 @@ def test_the_last_axis_runs_fastest_and_values_are_those_understood() -> None:
     assert isinstance(found[0][1], float)
 
 
+def test_keys_that_are_no_settings_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "g.yaml"
+    path.write_text("set: {2: 1}\n1: [3]")
+    with pytest.raises(ConfigError, match="unknown setting '2'"):
+        read_grid(path).combinations(make_config({}))
+
+
 def test_whole_sections_and_lists_can_be_values(tmp_path: Path) -> None:
     path = tmp_path / "g.yaml"
     level = "{stride: 2, control: 8.0, tau: 2.0, iterations: 3}"
