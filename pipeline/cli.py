@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from pipeline import cli_demo, cli_report, cli_weights
+from pipeline import cli_demo, cli_report, cli_sweep, cli_weights
 
 if TYPE_CHECKING:
     from pipeline.config import StudyConfig
@@ -231,6 +231,7 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 
 _mount(cli_report.report)
+_mount(cli_sweep.sweep)
 _mount(cli_demo.demo)
 _mount(cli_weights.list_weights, weights_app, "list")
 for _command in (cli_weights.fetch, cli_weights.identify, cli_weights.verify, cli_weights.probe):

@@ -72,10 +72,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: for a file that is not a YAML mapping, an unknown key or a value out of range.
     """
-    given = _read_yaml(Path(path)) if path is not None else {}
+    given = read_yaml(Path(path)) if path is not None else {}
     changes: dict[str, Any] = {}
     for override in overrides:
-        _merge(changes, _expand_short(_parse_override(override)))
+        _merge(changes, _expand_short(_nested(*parse_setting(override))))
     return make_config(_layered(_expand_short(given), changes))
 
 
@@ -102,7 +102,24 @@ def make_config(given: Mapping[str, Any]) -> StudyConfig:
         raise ConfigError("\n".join(_describe(item) for item in error.errors())) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def with_settings(config: StudyConfig, changes: Mapping[str, Any]) -> StudyConfig:
+    """The configuration with other values of some settings, named by their dotted paths.
+
+    Raises:
+        ConfigError: for an unknown setting, naming the nearest right one, or a value out of range.
+    """
+    values = config.resolved()
+    for path, value in changes.items():
+        _merge(values, _nested(path, value))
+    return make_config(values)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping; an empty one is an empty mapping.
+
+    Raises:
+        ConfigError: naming the file and what is wrong.
+    """
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -125,17 +142,26 @@ def _expand_short(given: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _parse_override(text: str) -> dict[str, Any]:
+def parse_setting(text: str, option: str = "--set", several: bool = False) -> tuple[str, Any]:
+    """Dotted path and value of `KEY=VALUE`; the list of values of `KEY=VALUE,VALUE` if there may be several.
+
+    Raises:
+        ConfigError: naming the option.
+    """
     path, equals, value = text.partition("=")
     if not equals or not path.strip():
-        raise ConfigError(f"--set {text!r}: expected KEY=VALUE, for example match.epsilon=0.75")
+        example = "0.7,0.75,0.8" if several else "0.75"
+        raise ConfigError(f"{option} {text!r}: expected KEY=VALUE, for example match.epsilon={example}")
     try:
-        nested: Any = yaml.safe_load(value)
+        return path.strip(), yaml.safe_load(f"[{value}]" if several else value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text!r}: the value is not YAML: {error}") from None
-    for name in reversed(path.strip().split(".")):
-        nested = {name: nested}
-    return typing.cast(dict[str, Any], nested)
+        raise ConfigError(f"{option} {text!r}: the value is not YAML: {error}") from None
+
+
+def _nested(path: str, value: Any) -> dict[str, Any]:
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    return typing.cast(dict[str, Any], value)
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> None:

@@ -155,10 +155,15 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
 
     Ray starts at the first task that needs it, on this machine or on the cluster that RAY_ADDRESS names. The
     pool lives on from task to task; a task that asks for GPUs has its own.
+
+    Args:
+        config: where and how wide.
+        rounds: how often such work as the present task's is to come, which counts when Ray's start is weighed.
     """
 
-    def __init__(self, config: ExecutionConfig) -> None:
+    def __init__(self, config: ExecutionConfig, rounds: int = 1) -> None:
         self.config = config
+        self.rounds = rounds
         self.workers = config.workers or own_cores()
         self._serial = SerialExecutor(config)
         self._started = False
@@ -182,7 +187,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         while waiting:
             done = count - len(waiting)
             rest = (time.perf_counter() - start) / max(1, done) * len(waiting)
-            if done and rest * (1 - 1 / min(self.workers, len(waiting))) > RAY_START_SECONDS:
+            if done and rest * self.rounds * (1 - 1 / min(self.workers, len(waiting))) > RAY_START_SECONDS:
                 return
             yield waiting.popleft()
 
@@ -281,6 +286,6 @@ def _run_bounded(
             yield unit, outcome
 
 
-def open_executor(config: ExecutionConfig) -> RayExecutor | SerialExecutor:
-    """The executor that the configuration names."""
-    return SerialExecutor(config) if config.executor == "serial" else RayExecutor(config)
+def open_executor(config: ExecutionConfig, rounds: int = 1) -> RayExecutor | SerialExecutor:
+    """The executor that the configuration names, for work that comes in so many rounds."""
+    return SerialExecutor(config) if config.executor == "serial" else RayExecutor(config, rounds)

@@ -4,6 +4,7 @@ study/
   embeddings.zarr       features, ROI masks and prototypes of each subject
   rois/ correspondences/ metrics/ failures/ runs/    Parquet
   transforms/           one ITK displacement field per pair
+  sweeps/               one folder per `samreg sweep`
   run.yaml              resolved configuration, versions, digests
   plan.json             the subjects, pairs and keys of the latest run, which `samreg status` compares with, and
                         its manifest, where `samreg report` finds the images
@@ -36,14 +37,29 @@ class FolderError(UsageError):
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """Paths of one study."""
+    """Paths of one study.
+
+    Attributes:
+        root: the folder.
+        encoded: root of the study whose embeddings and prototypes this one reads; None is itself.
+        pooled: folder of prototypes made otherwise than those beside the embeddings.
+        keep_transforms: whether a fitted pair leaves its displacement field.
+    """
 
     root: Path
+    encoded: Path | None = None
+    pooled: Path | None = None
+    keep_transforms: bool = True
 
     @property
     def embeddings(self) -> Path:
         """Root of the embedding store."""
-        return self.root / "embeddings.zarr"
+        return (self.encoded or self.root) / "embeddings.zarr"
+
+    @property
+    def store(self) -> EmbeddingStore:
+        """The embeddings and prototypes of this study."""
+        return EmbeddingStore(self.embeddings, self.pooled)
 
     @property
     def transforms(self) -> Path:
@@ -58,7 +74,7 @@ class StudyFolder:
         """Delete what killed writers left half done; once at the start of a run, under the lock."""
         folders = [self.root, self.transforms, *(self.root / name for name in tables.SCHEMAS)]
         clear_abandoned(folders)
-        EmbeddingStore(self.embeddings).clear_abandoned()
+        self.store.clear_abandoned()
 
     def read_run(self) -> dict[str, Any] | None:
         """The record of what the folder was made with, or None for a new folder.

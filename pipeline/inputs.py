@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,14 +75,20 @@ class DigestCache:
                 temporary.write_text(json.dumps(self._used), encoding="utf-8")
 
 
-def digest_inputs(subjects: Iterable[Subject], cache: DigestCache) -> dict[str, InputDigests | Failure]:
-    """Digests of every subject, in order; a Failure for one whose image, label or landmarks cannot be read."""
+def digest_inputs(
+    subjects: Iterable[Subject], cache: DigestCache, image: Callable[[Subject], str] | None = None
+) -> dict[str, InputDigests | Failure]:
+    """Digests of every subject, in order; a Failure for one whose image, label or landmarks cannot be read.
+
+    Args:
+        image: gives the digest of a subject's image, in place of reading the file.
+    """
 
     def digest_files(files: _Files) -> InputDigests:
         subject = files.subject
         label = cache.digest(subject.label) if subject.label else None
         landmarks = cache.digest(subject.landmarks) if subject.landmarks else None
-        return InputDigests(cache.digest(subject.image), label, landmarks)
+        return InputDigests(image(subject) if image else cache.digest(subject.image), label, landmarks)
 
     found = {subject.subject: attempt(digest_files, _Files(subject)) for subject in subjects}
     cache.save()

@@ -63,7 +63,11 @@ def encode_settings(config: StudyConfig, segmenter: Mapping[str, Any]) -> dict[s
 
 def subject_keys(config: StudyConfig, segmenter: Mapping[str, Any], inputs: InputDigests) -> SubjectKeys:
     """Keys of a subject."""
-    encode_signature = _plain({"image": inputs.image, **encode_settings(config, segmenter)})
+    return encoded_keys(config, _plain({"image": inputs.image, **encode_settings(config, segmenter)}))
+
+
+def encoded_keys(config: StudyConfig, encode_signature: dict[str, Any]) -> SubjectKeys:
+    """Keys of a subject whose embeddings have this signature."""
     encode = digest(encode_signature)
     prototypes_signature = _plain(
         {

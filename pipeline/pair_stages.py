@@ -48,9 +48,10 @@ def run_pairs(study: Study, pairs: Sequence[Pair], planned: Sequence[PlannedPair
 
 
 def _holding(folder: StudyFolder, planned: Sequence[PlannedPair], unreadable: set[str]) -> set[str]:
-    """Pairs whose metrics and transform still hold; other rows and transforms are removed."""
+    """Pairs whose metrics and, where it is kept, transform still hold; other rows and transforms are removed."""
     present = {path.name for path in folder.transforms.glob("*.h5")} if folder.transforms.exists() else set()
-    wanted = {pair.pair: (pair.fit_key, pair.part) for pair in planned if folder.transform(pair.pair).name in present}
+    whole = [p for p in planned if not folder.keep_transforms or folder.transform(p.pair).name in present]
+    wanted = {pair.pair: (pair.fit_key, pair.part) for pair in whole}
     held = results.reconcile(folder.root, "metrics", wanted, unreadable)
     for name in present - {folder.transform(pair).name for pair in held}:
         (folder.transforms / name).unlink()
@@ -76,7 +77,7 @@ def _match(
     count = study.start_stage("match", reused=len(ready) - len(missing))
     units = [match.MatchUnit(part, tuple(members)) for part, members in _by_part(missing).items()]
     seconds: dict[str, float] = {}
-    task = match.task(study.config, root, study.folder.embeddings)
+    task = match.task(study.config, root, study.store)
     for unit, outcome in study.outcomes(task, units, "pairs", [len(unit.pairs) for unit in units]):
         for pair, result in zip(unit.pairs, _each(outcome, len(unit.pairs)), strict=True):
             if isinstance(result, Failure):

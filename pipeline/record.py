@@ -85,7 +85,7 @@ def write_plan(
     pairs: Sequence[Pair] | None,
     planned: Sequence[PlannedPair],
 ) -> None:
-    """Write `plan.json`: every subject and pair of this run with its keys, null where an input is unreadable.
+    """Write `plan.json`: every subject and pair of this run with its keys, which are null where an input is unreadable.
 
     It also keeps the manifest's rows, with absolute paths, so that a report finds the images again.
     """
@@ -99,14 +99,29 @@ def write_plan(
             "pairs": None
             if pairs is None
             else {
-                pair.pair: {"match": by_name[pair.pair].match_key, "fit": by_name[pair.pair].fit_key}
-                if pair.pair in by_name
-                else None
+                pair.pair: {
+                    "moving": pair.moving,
+                    "fixed": pair.fixed,
+                    "match": by_name[pair.pair].match_key if pair.pair in by_name else None,
+                    "fit": by_name[pair.pair].fit_key if pair.pair in by_name else None,
+                }
                 for pair in pairs
             },
             "manifest": {subject.subject: _manifest_row(subject) for subject in cohort.subjects},
         }
     )
+
+
+def planned_subjects(plan: Mapping[str, Any]) -> tuple[Subject, ...]:
+    """The manifest that a plan remembers."""
+    return tuple(Subject(subject=name, **fields) for name, fields in (plan.get("manifest") or {}).items())
+
+
+def planned_pairs(plan: Mapping[str, Any]) -> tuple[Pair, ...] | None:
+    """The pairs of a plan, None where they were not chosen yet."""
+    if plan["pairs"] is None:
+        return None
+    return tuple(Pair(name, entry["moving"], entry["fixed"]) for name, entry in plan["pairs"].items())
 
 
 def _manifest_row(subject: Subject) -> dict[str, str]:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.folder import StudyFolder
+from pipeline.record import planned_subjects
 from pipeline.status import Status, read_status
 from storage import tables
 from storage.cohort import Subject, read_cohort
@@ -159,8 +160,7 @@ def best_median_worst(ranked: Sequence[str]) -> list[tuple[str, str]]:
 def _read_subjects(folder: StudyFolder, cohort: str | Path | None) -> dict[str, Subject]:
     if cohort is not None:
         return read_cohort(cohort).by_name()
-    remembered = (folder.read_plan() or {}).get("manifest") or {}
-    return {name: Subject(subject=name, **fields) for name, fields in remembered.items()}
+    return {subject.subject: subject for subject in planned_subjects(folder.read_plan() or {})}
 
 
 def _ranked(table: pa.Table, column: str, best: str) -> list[str]:

@@ -40,7 +40,7 @@ def distributions(data: ReportData) -> bytes:
     _histogram(axes[3], 100 * data.values("fold_fraction"), "folded voxels (%)", "pairs")
     _histogram(axes[4], data.values("sdlogj"), "SD of log Jacobian", "pairs")
     _histogram(axes[5], data.values("seconds_fit"), "seconds of the fit", "pairs")
-    return _png(figure)
+    return encode_png(figure)
 
 
 def dice_by_label(data: ReportData) -> bytes:
@@ -66,8 +66,8 @@ def dice_by_label(data: ReportData) -> bytes:
     axes.set_xticks(range(len(labels)), [str(label) for label in labels])
     axes.set(xlabel="label", ylabel="Dice", ylim=(0, 1))
     axes.legend(ncols=4, fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    _plain(axes)
-    return _png(figure)
+    strip_frame(axes)
+    return encode_png(figure)
 
 
 def pair_panels(view: PairView) -> bytes:
@@ -87,7 +87,7 @@ def pair_panels(view: PairView) -> bytes:
         axis.set_title(f"{title}: fixed green, moving magenta", fontsize=10)
         axis.set_axis_off()
     _deformation_grid(figure, axes[1, 2], view)
-    return _png(figure)
+    return encode_png(figure)
 
 
 def composite(fixed: npt.NDArray[np.float32], moving: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -141,9 +141,9 @@ def _stages(axes: Axes, values: Mapping[str, Values], title: str) -> None:
     """A box per stage, with single pairs as points while they are few."""
     known = {stage: found for stage, found in values.items() if len(found)}
     axes.set_title(title, fontsize=10)
-    _plain(axes)
+    strip_frame(axes)
     if not known:
-        _nothing(axes)
+        show_no_values(axes)
         return
     boxes = axes.boxplot(list(known.values()), widths=0.55, patch_artist=True, showfliers=False)
     for box, median, stage in zip(boxes["boxes"], boxes["medians"], known, strict=True):
@@ -158,9 +158,9 @@ def _stages(axes: Axes, values: Mapping[str, Values], title: str) -> None:
 
 def _histogram(axes: Axes, values: Values, title: str, counted: str) -> None:
     axes.set_title(title, fontsize=10)
-    _plain(axes)
+    strip_frame(axes)
     if not len(values):
-        _nothing(axes)
+        show_no_values(axes)
         return
     low, high = float(values.min()), float(values.max())
     if high - low < 1e-9:
@@ -170,17 +170,20 @@ def _histogram(axes: Axes, values: Values, title: str, counted: str) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _nothing(axes: Axes) -> None:
+def show_no_values(axes: Axes) -> None:
+    """Say that there is nothing to draw."""
     axes.text(0.5, 0.5, "no values", ha="center", va="center", transform=axes.transAxes, color="#555555")
     axes.set(xticks=[], yticks=[])
 
 
-def _plain(axes: Axes) -> None:
+def strip_frame(axes: Axes) -> None:
+    """Leave the left and lower side of the frame only."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
 
-def _png(figure: Figure) -> bytes:
+def encode_png(figure: Figure) -> bytes:
+    """The figure as the bytes of a PNG file."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=_DPI, facecolor="white", metadata={"Software": None})
     return stream.getvalue()

@@ -45,13 +45,21 @@ def make_request(config: StudyConfig, cohort: Path, pairs: str | None = None) ->
     Raises:
         ConfigError, CohortError, FileNotFoundError: naming the file and what is wrong.
     """
-    found = read_cohort(cohort)
+    return request_pairs(config, read_cohort(cohort), pairs)
+
+
+def request_pairs(config: StudyConfig, cohort: Cohort, pairs: str | None = None) -> Request:
+    """As `make_request`, with the cohort in hand.
+
+    Raises:
+        ConfigError, CohortError, FileNotFoundError: naming the file and what is wrong.
+    """
     if pairs in get_args(Mode):
         config = config.model_copy(update={"pairs": replace(config.pairs, mode=cast(Mode, pairs))})
         pairs = None
     if pairs is not None:
-        listed, unknown = read_pairs(pairs, found)
-        return Request(config, found, listed, tuple(unknown))
+        listed, unknown = read_pairs(pairs, cohort)
+        return Request(config, cohort, listed, tuple(unknown))
     if config.pairs.mode == "list":
         raise ConfigError("pairs is 'list', which needs a pairs file: add --pairs FILE")
-    return Request(config, found, None, ())
+    return Request(config, cohort, None, ())

@@ -88,7 +88,7 @@ def _done(folder: StudyFolder, subjects: Mapping[str, Any], pairs: Mapping[str, 
         for row in tables.read_table(folder.root, "metrics").select(["pair", "key", "n_rois"]).to_pylist()
     }
     matched = set(_pair_keys(folder.root, "correspondences"))
-    planned = {name: keys for name, keys in pairs.items() if keys is not None}
+    planned = {name: keys for name, keys in pairs.items() if keys["fit"] is not None}
     fit = {name for name, keys in planned.items() if (name, keys["fit"]) in fitted and folder.transform(name).exists()}
     return {
         "encode": {n for n, k in subjects.items() if k and _digest(store.signature(n)) == k["encode"]},

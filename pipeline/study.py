@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from pipeline.pairs import choose_pairs, nearest_pairs
 from pipeline.progress import Reporter
 from pipeline.stages import encode, prototypes
 from storage.cohort import Cohort, Pair
-from storage.embeddings import EmbeddingStore
 
 LOG = logging.getLogger("samreg")
 
@@ -80,11 +80,17 @@ def run_study(
         StudyError: when the disk is full.
     """
     folder = StudyFolder(Path(out).absolute())
+    with stopped_by_full_disk(folder), folder.lock(), open_executor(config.execution) as executor:
+        folder.clear_abandoned()
+        study = Study(config, cohort, folder, executor, reporter or Reporter())
+        return study.run(pairs, unknown, overwrite)
+
+
+@contextmanager
+def stopped_by_full_disk(folder: StudyFolder) -> Iterator[None]:
+    """Turn the error of a full disk into one that says what to do."""
     try:
-        with folder.lock(), open_executor(config.execution) as executor:
-            folder.clear_abandoned()
-            study = Study(config, cohort, folder, executor, reporter or Reporter())
-            return study.run(pairs, unknown, overwrite)
+        yield
     except OSError as error:
         if error.errno in DISK_FULL:
             raise _disk_full(folder, str(error)) from error
@@ -111,7 +117,7 @@ class Study:
 
     def __post_init__(self) -> None:
         self.failures = FailureLog(self.folder.root)
-        self.store = EmbeddingStore(self.folder.embeddings)
+        self.store = self.folder.store
         self.subjects = self.cohort.by_name()
 
     def run(self, pairs: Sequence[Pair] | None, unknown: Sequence[UnknownPair], overwrite: bool) -> StudySummary:
@@ -126,13 +132,14 @@ class Study:
         written = record.write_run(self.folder, self.config, segmenter, inputs)
         try:
             self._plan(pairs, inputs, keys)
-            self._run_subjects(keys)
-            chosen = pairs if pairs is not None else self._nearest()
+            self._encode(keys)
+            self.pool(keys)
+            chosen = pairs if pairs is not None else self.nearest()
             planned = self._plan(chosen, inputs, keys)
-            self._record_unknown(unknown)
+            self.record_unknown(unknown)
             run_pairs(self, chosen, planned)
         finally:
-            self._write_failures()
+            self.write_failures()
         seconds = time.time() - start
         record.append_run(self.folder, written, start, list(self.counts.values()))
         return StudySummary(tuple(self.counts.values()), self.failures.total, seconds)
@@ -178,21 +185,24 @@ class Study:
         good: dict[str, InputDigests] = {}
         for name, outcome in found.items():
             if isinstance(outcome, Failure):
-                self._fail_subject("encode", name, outcome)
+                self.fail_subject("encode", name, outcome)
             else:
                 good[name] = outcome
         return good
 
-    def _run_subjects(self, keys: Mapping[str, SubjectKeys]) -> None:
-        """Encode, then pool, every subject whose stored results are missing or made otherwise."""
+    def _encode(self, keys: Mapping[str, SubjectKeys]) -> None:
+        """Encode every subject whose embeddings are missing or made otherwise."""
         units = encode.plan(self.store, self.subjects, keys)
         self.counts["encode"].reused = len(keys) - len(units)
         for unit, outcome in self.outcomes(encode.task(self.config, self.folder.embeddings), units, "subjects"):
             self._count_subject("encode", unit.subject, outcome)
+
+    def pool(self, keys: Mapping[str, SubjectKeys]) -> None:
+        """Pool every encoded subject whose prototypes are missing or made otherwise."""
         encoded = {name: key for name, key in keys.items() if name not in self.failures.subjects}
         pooling = prototypes.plan(self.folder.root, self.store, encoded)
         self.start_stage("prototypes", reused=len(encoded) - len(pooling))
-        task = prototypes.task(self.config, self.folder.root, self.folder.embeddings)
+        task = prototypes.task(self.config, self.folder.root, self.store)
         for unit, outcome in self.outcomes(task, pooling, "subjects"):
             self._count_subject("prototypes", unit.subject, outcome)
         if self.config.execution.keep == "prototypes":
@@ -202,26 +212,29 @@ class Study:
 
     def _count_subject(self, stage: str, subject: str, outcome: object) -> None:
         if isinstance(outcome, Failure):
-            self._fail_subject(stage, subject, outcome)
+            self.fail_subject(stage, subject, outcome)
         else:
             self.counts[stage].done += 1
 
-    def _fail_subject(self, stage: str, subject: str, failure: Failure) -> None:
+    def fail_subject(self, stage: str, subject: str, failure: Failure) -> None:
+        """Record that a subject failed at a stage, and with it its pairs."""
         self.counts[stage].failed += 1
         self.failures.add_subject(stage, subject, failure)
         LOG.warning("%s: %s failed: %s", stage, subject, failure.message)
 
-    def _nearest(self) -> tuple[Pair, ...]:
+    def nearest(self) -> tuple[Pair, ...]:
+        """The pairs of `pairs: knn`."""
         good = [name for name in self.subjects if name not in self.failures.subjects]
         descriptors = {name: prototypes.mean_prototype(self.store, name) for name in good}
         return nearest_pairs(self.config.pairs, descriptors)
 
-    def _record_unknown(self, unknown: Sequence[UnknownPair]) -> None:
+    def record_unknown(self, unknown: Sequence[UnknownPair]) -> None:
+        """Record the pairs of a file that name a subject outside the cohort as failures."""
         for row, pair, subject in unknown:
             message = f"row {row} of the pairs file: subject {subject!r} is not in the cohort"
             self.failures.add_pair("match", pair, Failure(pair.pair, "UnknownSubject", message, ""), subject)
 
-    def _write_failures(self) -> None:
+    def write_failures(self) -> None:
         """The failures so far; a full disk has an error of its own already under way."""
         try:
             self.failures.write()

@@ -38,10 +38,16 @@ LAYOUT_VERSION = 1
 
 
 class EmbeddingStore:
-    """The store at a local folder, say `study/embeddings.zarr`; opening creates nothing."""
+    """The store at a local folder, say `study/embeddings.zarr`; opening creates nothing.
 
-    def __init__(self, root: str | Path) -> None:
+    Args:
+        root: the store.
+        pooled: another folder that holds the prototypes, on the same file system: the store's own stay untouched.
+    """
+
+    def __init__(self, root: str | Path, pooled: str | Path | None = None) -> None:
         self.root = Path(root)
+        self._pooled = Path(pooled or root)
         self._aside = self.root.parent / f".{self.root.name}.wip"
 
     @contextmanager
@@ -131,7 +137,9 @@ class EmbeddingStore:
             for name, values in arrays.items():
                 create_column(group, name, values)
             group.attrs.update({"signature": signature, "arrays": list(arrays), "complete": True})
-            self._move_in(folder, self._folder(subject) / "prototypes")
+            target = self._prototypes(subject)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._move_in(folder, target)
 
     def has_features(self, subject: str) -> bool:
         """Whether a subject is whole and its feature maps were not dropped."""
@@ -140,14 +148,14 @@ class EmbeddingStore:
 
     def prototypes_signature(self, subject: str) -> dict[str, Any] | None:
         """Signature of the prototype stage, None when the subject or its prototypes are absent; reads no array."""
-        record = _complete_attributes(self._folder(subject) / "prototypes")
+        record = _complete_attributes(self._prototypes(subject))
         if record is None or _complete_attributes(self._folder(subject)) is None:
             return None
         return dict(record["signature"])
 
     def read_prototypes(self, subject: str) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]] | None:
         """Signature and arrays of the prototype stage, None when the subject or its prototypes are absent."""
-        folder = self._folder(subject) / "prototypes"
+        folder = self._prototypes(subject)
         record = _complete_attributes(folder)
         if record is None or _complete_attributes(self._folder(subject)) is None:
             return None
@@ -178,6 +186,9 @@ class EmbeddingStore:
 
     def _folder(self, subject: str) -> Path:
         return self.root / subject_key(subject)
+
+    def _prototypes(self, subject: str) -> Path:
+        return self._pooled / subject_key(subject) / "prototypes"
 
     def _require(self, subject: str) -> dict[str, Any]:
         record = _complete_attributes(self._folder(subject))

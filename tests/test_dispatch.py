@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -111,6 +112,16 @@ def test_auto_hands_the_rest_to_ray_when_that_pays(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(executor, "_map_on_ray", lambda task, units: ((unit, "ray") for unit in units))
     outcomes = {unit.value: outcome for unit, outcome in executor.map_units(Task("square", _build_square), UNITS)}
     assert outcomes == {0: 0, 1: "ray", 2: "ray", 3: "ray", 4: "ray", 5: "ray"}
+
+
+@pytest.mark.parametrize(("rounds", "wide"), [(1, False), (1000, True)])
+def test_auto_weighs_the_work_of_every_round_to_come(monkeypatch: pytest.MonkeyPatch, rounds: int, wide: bool) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("pipeline.dispatch.RAY_START_SECONDS", 10.0)
+    executor = RayExecutor(ExecutionConfig(executor="auto", workers=2), rounds)
+    monkeypatch.setattr(executor, "_map_on_ray", lambda task, units: ((unit, "ray") for unit in units))
+    task = Task("slow", lambda device: lambda unit: time.sleep(0.02))
+    assert ("ray" in [outcome for _, outcome in executor.map_units(task, UNITS)]) == wide
 
 
 @pytest.mark.parametrize(("name", "kind"), [("serial", SerialExecutor), ("ray", RayExecutor), ("auto", RayExecutor)])

@@ -189,6 +189,19 @@ def test_prototypes_keep_every_kind_of_array(store):
         store.write_prototypes("p", {}, {"../x": np.ones(1)})
 
 
+def test_prototypes_pooled_elsewhere_leave_those_of_the_store(store, tmp_path):
+    _write(store, "p01", {"v": 1})
+    other = EmbeddingStore(store.root, tmp_path / "study" / "sweeps" / "prototypes.zarr")
+    assert other.read_prototypes("p01") is None
+    for each, value in ((store, 1), (other, 2)):
+        each.write_prototypes("p01", {"p": value}, {"roi": np.array([value])})
+    for each, value in ((store, 1), (other, 2)):
+        assert each.prototypes_signature("p01") == {"p": value}
+        assert each.read_prototypes("p01")[1]["roi"].tolist() == [value]
+    _write(store, "p01", {"v": 2})
+    assert store.read_prototypes("p01") is None
+
+
 def test_dropping_features_keeps_the_rest(store):
     content = _write(store, "p", {"v": 1})
     store.write_prototypes("p", {"pool": 1}, {"a": np.ones(2)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which every command and snippet of the README has been run, in order."""
     where = tmp_path_factory.mktemp("readme")
     phantom.make_cohort(where / "images", subjects=3, shape=(2, 48, 48))
+    shutil.copytree(REPO / "configs", where / "configs")
     commands = where / "bin"
     commands.mkdir()
     (commands / "samreg").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pipeline.cli "$@"\n')

@@ -127,8 +127,9 @@ def fit_pair(
     )
     seconds = time.perf_counter() - start
     rows = evaluate(known_fixed, known_moving, result)
-    signature = {"pair": pair.pair, "moving": pair.moving, "fixed": pair.fixed, "key": pair.fit_key}
-    write_transform(folder.transform(pair.pair), result.ddf, fixed.geometry, signature, moving.geometry)
+    if folder.keep_transforms:
+        signature = {"pair": pair.pair, "moving": pair.moving, "fixed": pair.fixed, "key": pair.fit_key}
+        write_transform(folder.transform(pair.pair), result.ddf, fixed.geometry, signature, moving.geometry)
     shared = {
         "pair": pair.pair,
         "moving": pair.moving,

@@ -46,13 +46,15 @@ class _Named:
         return self.pair.pair
 
 
-def task(config: StudyConfig, root: Path, store: Path) -> Task:
+def task(config: StudyConfig, root: Path, store: EmbeddingStore) -> Task:
     """The task of matching, for `pipeline.dispatch`."""
     return Task("match", partial(_build, config.match, root, store))
 
 
-def _build(config: MatchConfig, root: Path, store: Path, device: str) -> Callable[[MatchUnit], list[float | Failure]]:
-    return partial(run_unit, root, EmbeddingStore(store), config)
+def _build(
+    config: MatchConfig, root: Path, store: EmbeddingStore, device: str
+) -> Callable[[MatchUnit], list[float | Failure]]:
+    return partial(run_unit, root, store, config)
 
 
 def run_unit(root: Path, store: EmbeddingStore, config: MatchConfig, unit: MatchUnit) -> list[float | Failure]:

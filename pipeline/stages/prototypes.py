@@ -61,15 +61,15 @@ def plan(root: Path, store: EmbeddingStore, keys: Mapping[str, SubjectKeys]) -> 
     return units
 
 
-def task(config: StudyConfig, root: Path, store: Path) -> Task:
+def task(config: StudyConfig, root: Path, store: EmbeddingStore) -> Task:
     """The task of pooling, for `pipeline.dispatch`."""
     return Task("prototypes", partial(_build, config.rois, config.prototypes, root, store))
 
 
 def _build(
-    rois: RoiConfig, prototypes: PrototypeConfig, root: Path, store: Path, device: str
+    rois: RoiConfig, prototypes: PrototypeConfig, root: Path, store: EmbeddingStore, device: str
 ) -> Callable[[PrototypeUnit], Pooled]:
-    return partial(run_unit, root, EmbeddingStore(store), rois, prototypes)
+    return partial(run_unit, root, store, rois, prototypes)
 
 
 def run_unit(
