@@ -6,13 +6,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pipeline.algorithms import ellipses
 from pipeline.algorithms.affine import consensus_affine, ridge_affine, robust_affine
-from pipeline.algorithms.matching import MatchConfig, RoiSet, SpatialConfig, match
-from pipeline.algorithms.selection import greedy_one_to_one
+from pipeline.algorithms.consistency import SpatialConfig
+from pipeline.algorithms.matching import MatchConfig, RoiSet, match
 
 PAPER = MatchConfig(
     epsilon=0.8, scope="window", slice_range=11, slice_unit="slices", spatial=SpatialConfig(enabled=False)
@@ -96,21 +94,6 @@ def test_no_roi_on_one_side() -> None:
     assert pairs(rois([angle(0)], [0]), nothing, MatchConfig()) == []
 
 
-@given(st.integers(0, 2**32 - 1))
-@settings(max_examples=50, deadline=None)
-def test_rounds_equal_the_one_by_one_rule(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    i, j = (a.ravel() for a in np.indices((7, 9)))
-    score = rng.integers(0, 12, len(i)) / 12
-    expected, used_i, used_j = [], set(), set()
-    for k in np.lexsort((j, i, -score)):
-        if i[k] not in used_i and j[k] not in used_j:
-            expected.append(k)
-            used_i.add(i[k])
-            used_j.add(j[k])
-    assert greedy_one_to_one(i, j, score).tolist() == sorted(expected)
-
-
 def scattered(seed: int, moved: np.ndarray, confusable: float, noise: float = 0.5) -> tuple[RoiSet, RoiSet]:
     """60 ROIs with weak prototypes at random places, and the same under an affine map of the fixed frame."""
     rng = np.random.default_rng(seed)
@@ -153,6 +136,47 @@ def test_one_to_many_holds_under_consistency_too() -> None:
     many = pairs(moving, doubled, MatchConfig(one_to_one=False))
     assert len({i for i, _ in once}) == len(once)
     assert len(many) > len(once) * 1.5
+
+
+def stacked(first: int, count: int) -> RoiSet:
+    """Slices of one anatomy: six structures in each, alike from slice to slice but for a slow drift of one feature."""
+    rng = np.random.default_rng(0)
+    structure, place = rng.normal(size=(6, 12)), rng.uniform(30, 200, (6, 2))
+    level = np.repeat(np.arange(first, first + count), 6)
+    drift = np.column_stack([np.sin(level / 4), np.cos(level / 4)])
+    values = np.column_stack([np.tile(structure, (count, 1)), 3 * drift])
+    values = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+    index = np.repeat(np.arange(count), 6).astype(np.int32)
+    centroid = np.column_stack([index * 8.0, np.tile(place, (count, 1))])
+    return RoiSet(values, index, centroid, np.full(len(index), 300.0), np.tile([30.0, 0, 30.0], (len(index), 1)), count)
+
+
+def test_partners_lie_in_the_expected_slice_of_a_stack_that_begins_elsewhere() -> None:
+    moving, fixed = stacked(2, 10), stacked(0, 10)
+
+    def apart(config: SpatialConfig) -> float:
+        found = match(moving, fixed, np.eye(4), MatchConfig(spatial=config))
+        return float(np.abs(moving.slice[found.moving_index] + 2 - fixed.slice[found.fixed_index]).mean())
+
+    assert apart(SpatialConfig()) < 0.2
+    assert apart(SpatialConfig(depth=0, widening=1)) > apart(SpatialConfig()) + 0.3
+
+
+def test_hybrid_gives_the_surplus_slices_of_one_stack_a_partner() -> None:
+    fine, coarse = stacked(0, 12), stacked(0, 12)
+    rows = np.flatnonzero(coarse.slice % 2 == 0)
+    arrays = {n: getattr(coarse, n)[rows] for n in ("prototypes", "centroid_mm", "area_mm2", "covariance_mm2")}
+    coarse = RoiSet(slice=coarse.slice[rows] // 2, n_slices=6, **arrays)
+    once, more = (pairs(coarse, fine, MatchConfig(one_to_one=kind)) for kind in (True, "hybrid"))
+    assert len({j for _, j in once}) == 36
+    assert set(once) < set(more)
+    assert len({j for _, j in more}) > 60
+    assert all(i % 6 == j % 6 for i, j in more)
+
+
+def test_hybrid_needs_the_consistent_selection() -> None:
+    with pytest.raises(ValueError, match=r"one_to_one is hybrid, which needs match\.spatial\.enabled"):
+        MatchConfig(one_to_one="hybrid", spatial=SpatialConfig(enabled=False))
 
 
 def test_matching_is_deterministic() -> None:

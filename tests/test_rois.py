@@ -118,3 +118,19 @@ def test_a_slice_without_rois() -> None:
     values, valid = pool(np.ones((3, 4, 4), np.float32), nothing, (4, 4), layout, PrototypeConfig())
     assert values.shape[0] == valid.shape[0] == 0
     assert moments(nothing, np.zeros(0, np.int32), SPACING)["centroid_mm"].shape == (0, 3)
+
+
+def test_surround_tells_on_which_side_the_bright_neighbour_lies() -> None:
+    """Two equal squares, one with a bright patch on its left, one on its right, and one more like the first."""
+    features = np.zeros((2, 40, 40), np.float32)
+    features[0] = 1
+    for column in (8, 20, 28):
+        features[:, 4:36, column : column + 3] = [[[0]], [[1]]]
+    stack = np.zeros((3, 40, 40), bool)
+    stack[0, 18:22, 12:15] = stack[1, 18:22, 16:19] = stack[2, 18:22, 32:35] = True
+    layout = {"blocks": [["one", 0, 2, 1.0]], "surround": 1.0}
+    values, _ = pool(features, stack, (40, 40), layout, PrototypeConfig())
+    plain, _ = pool(features, stack, (40, 40), layout, PrototypeConfig(surround=0.0))
+    assert (plain @ plain.T).min() > 0.99
+    same, mirrored = values[0] @ values[2], values[0] @ values[1]
+    assert same > mirrored + 0.1

@@ -31,7 +31,7 @@ class MatchConfig:
         similarity: what is compared, see `pipeline.algorithms.similarity.compare` (Eq. 6).
         epsilon: similarity that a pair must exceed, 0..1 (Eq. 7).
         false_discovery: accepted share of wrong candidates, by which epsilon is calibrated for every pair of
-            subjects; 0 keeps the fixed epsilon.
+            subjects; 0 keeps the fixed epsilon, as does a pair of subjects that offers nothing to calibrate on.
         one_to_one: true: each ROI in at most one pair (Eq. 8); false: every pair above epsilon; "hybrid": one-to-one,
             then a second partner in another slice for ROIs left over (needs `spatial`).
         selection: rule of the one-to-one selection: "greedy" (Eq. 9), "mutual" or "optimal".
@@ -158,7 +158,8 @@ def _epsilon(similarity: Float, window: Mask, moving: RoiSet, fixed: RoiSet, con
         return config.epsilon
     depth = ((moving.slice + 0.5) / moving.n_slices, (fixed.slice + 0.5) / fixed.n_slices)
     impossible = impossible_pairs((moving.area_mm2, fixed.area_mm2), depth)
-    return calibrated_epsilon(similarity, window & ~impossible, impossible, config.false_discovery)
+    calibrated = calibrated_epsilon(similarity, window & ~impossible, impossible, config.false_discovery)
+    return config.epsilon if calibrated is None else calibrated
 
 
 def _above(similarity: Float, window: Mask, epsilon: float) -> tuple[Index, Index]:

@@ -64,12 +64,11 @@ def impossible_pairs(
     return np.asarray(apart | (np.abs(depth[0][:, None] - depth[1]) > _DEPTH_APART))
 
 
-def calibrated_epsilon(similarity: Float, possible: Mask, impossible: Mask, false_discovery: float) -> float:
+def calibrated_epsilon(similarity: Float, possible: Mask, impossible: Mask, false_discovery: float) -> float | None:
     """Least similarity above which at most a share of the possible pairs is expected to be wrong.
 
     The expectation is the rate at which impossible pairs exceed that value, times the number of possible pairs, as in
-    Efron's empirical null for the Benjamini-Hochberg rule. A pair without impossible pairs has nothing to calibrate
-    on and no possible pair to spare: 1 is returned only if no value is good enough.
+    Efron's empirical null for the Benjamini-Hochberg rule.
 
     Args:
         similarity: float32 [N, M], 0..1.
@@ -77,7 +76,7 @@ def calibrated_epsilon(similarity: Float, possible: Mask, impossible: Mask, fals
         false_discovery: accepted share of wrong pairs, 0..1.
 
     Returns:
-        0..1.
+        0..1, 1 where no value is good enough; None where no pair is possible, or none impossible.
     """
     rows = np.unique(np.linspace(0, len(similarity) - 1, min(len(similarity), _NULL_ROWS)).astype(np.int64))
     step = (similarity[rows] * _STEPS).astype(np.int64)
@@ -85,7 +84,7 @@ def calibrated_epsilon(similarity: Float, possible: Mask, impossible: Mask, fals
         np.bincount(step[mask[rows]], minlength=_STEPS + 1)[::-1].cumsum()[::-1] for mask in (possible, impossible)
     ]
     if not counts[0][0] or not counts[1][0]:
-        return 0.0
+        return None
     expected = counts[1] / counts[1][0] * counts[0][0]
     good = np.flatnonzero((expected <= false_discovery * counts[0]) & (counts[0] > 0))
     return float(good[0] / _STEPS) if len(good) else 1.0
