@@ -24,6 +24,7 @@ class InputDigests:
     image: str
     label: str | None
     landmarks: str | None
+    segmentation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,21 @@ class DigestCache:
                 temporary.write_text(json.dumps(self._used), encoding="utf-8")
 
 
-def digest_inputs(subjects: Iterable[Subject], cache: DigestCache) -> dict[str, InputDigests | Failure]:
-    """Digests of every subject, in order; a Failure for one whose image, label or landmarks cannot be read."""
+def digest_inputs(
+    subjects: Iterable[Subject], cache: DigestCache, segmentations: bool = False
+) -> dict[str, InputDigests | Failure]:
+    """Digests of every subject, in order; a Failure for one whose files cannot be read.
+
+    Args:
+        segmentations: whether the segmentation of a subject counts.
+    """
 
     def digest_files(files: _Files) -> InputDigests:
         subject = files.subject
         label = cache.digest(subject.label) if subject.label else None
         landmarks = cache.digest(subject.landmarks) if subject.landmarks else None
-        return InputDigests(cache.digest(subject.image), label, landmarks)
+        segmentation = cache.digest(subject.segmentation) if segmentations and subject.segmentation else None
+        return InputDigests(cache.digest(subject.image), label, landmarks, segmentation)
 
     found = {subject.subject: attempt(digest_files, _Files(subject)) for subject in subjects}
     cache.save()
