@@ -76,6 +76,8 @@ def make_plan(request: Request, out: Path) -> Plan:
         _mean([_subject_seconds(shape, weight_free) for shape in shapes]),
         _mean([_pair_seconds(shape) for shape in shapes]),
     )
+    if not measured:
+        per_pair *= 1 + request.config.evaluate.pseudo_folds
     work = [(len(subjects) * per_subject, len(subjects)), (n_pairs * per_pair, n_pairs)]
     return Plan(
         subjects=len(subjects),
