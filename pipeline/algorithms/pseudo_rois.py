@@ -92,6 +92,13 @@ def _shared(a: Roi, b: Roi) -> int:
     return int((parts[0] & parts[1]).sum())
 
 
+def held_out_columns(
+    pairs: Sequence[RoiPair], fit: Callable[[list[RoiPair]], FitResult], grids: Grids, count: int, has_spacing: bool
+) -> dict[str, float]:
+    """Columns of the metrics table, see `evaluate_held_out` and `summarise`; none for no folds."""
+    return summarise(evaluate_held_out(pairs, fit, grids, count), has_spacing) if count else {}
+
+
 def evaluate_held_out(
     pairs: Sequence[RoiPair], fit: Callable[[list[RoiPair]], FitResult], grids: Grids, count: int
 ) -> list[dict[str, float]]:

@@ -117,14 +117,14 @@ def fit_pair(
     reference: Callable[[str], Reference],
 ) -> list[Row]:
     """Fit one pair, write its transform, and return its metrics rows."""
-    from pipeline.algorithms import pseudo_rois
     from pipeline.algorithms.ddf import fit_ddf
+    from pipeline.algorithms.pseudo_rois import Grids, held_out_columns
 
     pair = item.pair
     fixed, moving = store.read(pair.fixed), store.read(pair.moving)
     known_fixed, known_moving = reference(pair.fixed), reference(pair.moving)
-    between = moving_to_fixed(fixed.geometry, moving.geometry)
-    grids = (fixed.geometry.shape, fixed.geometry.spacing_mm, moving.geometry.spacing_mm, between)
+    here, there = fixed.geometry, moving.geometry
+    grids = (here.shape, here.spacing_mm, there.spacing_mm, moving_to_fixed(here, there))
 
     def fit(pairs: list[RoiPair]) -> FitResult:
         return fit_ddf(pairs, *grids, config)
@@ -134,14 +134,8 @@ def fit_pair(
     result = fit(rois)
     seconds = time.perf_counter() - start
     rows = evaluate(known_fixed, known_moving, result)
-    classes = [row["roi_class"] for row in item.matches]
-    in_fit = labels_in_fit(classes, rois, known_fixed, known_moving)
-    held_out = {}
-    if evaluated.pseudo_folds:
-        found = pseudo_rois.evaluate_held_out(rois, fit, pseudo_rois.Grids(*grids), evaluated.pseudo_folds)
-        held_out = pseudo_rois.summarise(found, fixed.geometry.has_spacing)
     signature = {"pair": pair.pair, "moving": pair.moving, "fixed": pair.fixed, "key": pair.fit_key}
-    write_transform(folder.transform(pair.pair), result.ddf, fixed.geometry, signature, moving.geometry)
+    write_transform(folder.transform(pair.pair), result.ddf, here, signature, there)
     shared = {
         "pair": pair.pair,
         "moving": pair.moving,
@@ -149,8 +143,8 @@ def fit_pair(
         "n_rois": len(item.matches),
         "n_slices": len({z for pair in rois for z in _slices(pair.fixed)}),
         "fallback": result.fallback,
-        "flag": _flag(rows[0], result, in_fit),
-        **held_out,
+        "flag": _flag(rows[0], result, labels_in_fit(item.matches, rois, known_fixed, known_moving)),
+        **held_out_columns(rois, fit, Grids(*grids), evaluated.pseudo_folds, here.has_spacing),
         "seconds_match": item.seconds_match,
         "seconds_fit": seconds,
         "key": pair.fit_key,
@@ -198,8 +192,9 @@ def _slices(roi: Roi) -> npt.NDArray[np.int64]:
     return np.flatnonzero(roi.mask.any(axis=(1, 2))) + roi.offset[0]
 
 
-def labels_in_fit(classes: list[int], pairs: list[RoiPair], fixed: Reference, moving: Reference) -> bool:
+def labels_in_fit(matches: list[dict[str, Any]], pairs: list[RoiPair], fixed: Reference, moving: Reference) -> bool:
     """Whether a class ROI of the fit is a label that is evaluated, voxel for voxel, in either image."""
+    classes = [row["roi_class"] for row in matches]
     sides = [(pair.fixed, fixed.labels) for pair in pairs] + [(pair.moving, moving.labels) for pair in pairs]
     return any(
         labels is not None and value != 0 and _is_label(roi, labels == value)
