@@ -63,6 +63,8 @@ def register_pair(
     moving_label: str | Path | None = None,
     fixed_landmarks: str | Path | None = None,
     moving_landmarks: str | Path | None = None,
+    fixed_segmentation: str | Path | None = None,
+    moving_segmentation: str | Path | None = None,
     out: str | Path | None = None,
 ) -> Registration:
     """Register one image to another: the cohort path with one pair.
@@ -71,6 +73,7 @@ def register_pair(
         fixed, moving: images. The same file may be both.
         config: as `load_config`.
         fixed_label, moving_label, fixed_landmarks, moving_landmarks: to evaluate against.
+        fixed_segmentation, moving_segmentation: classes that become the ROIs, with `segmenter: labels`.
         out: study folder to keep; None works in a temporary one.
 
     Raises:
@@ -79,8 +82,8 @@ def register_pair(
     from pipeline.single import register
 
     paths = {
-        "fixed": (fixed, fixed_label, fixed_landmarks),
-        "moving": (moving, moving_label, moving_landmarks),
+        "fixed": (fixed, fixed_label, fixed_landmarks, fixed_segmentation),
+        "moving": (moving, moving_label, moving_landmarks, moving_segmentation),
     }
     place = tempfile.TemporaryDirectory() if out is None else nullcontext(str(out))
     with place as folder:

@@ -1,7 +1,8 @@
 """Dice on the development data with one configuration for all of it, ANTs SyN on the same pairs beside.
 
 Run: python benchmarks/accuracy.py [--data ../shared/data] [--out benchmarks/out] [SETTING=VALUE ...]
-Prints a Markdown table. Studies are kept under --out, so a second call resumes or re-uses them.
+Prints a Markdown table; with segmenter=labels the labels are the ROIs (Case 1), which bounds what ROIs can give.
+Studies are kept under --out, so a second call resumes or re-uses them.
 """
 
 from __future__ import annotations
@@ -70,8 +71,10 @@ def run_group(folder: Path, rows: list[tuple[str, Row]], out: Path, overrides: l
     labels = {row[f"{role}_image"]: row[f"{role}_label"] for _, row in rows for role in ("moving", "fixed")}
     with (out / "cohort.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["subject", "image", "label"])
-        writer.writerows([subject_name(i), (folder / i).resolve(), (folder / s).resolve()] for i, s in labels.items())
+        writer.writerow(["subject", "image", "label", "segmentation"])
+        writer.writerows(
+            [subject_name(i), (folder / i).resolve(), *[(folder / s).resolve()] * 2] for i, s in labels.items()
+        )
     pairs = [Pair(name, subject_name(row["moving_image"]), subject_name(row["fixed_image"])) for name, row in rows]
     run_study(load_config(None, overrides), read_cohort(out / "cohort.csv"), out / "study", pairs)
     found = tables.read_table(out / "study", "metrics").to_pylist()

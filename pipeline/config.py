@@ -17,9 +17,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from actors.build import SegmenterConfig
+from actors.class_config import LabelsConfig, NetworkConfig
 from actors.component_tree import ComponentTreeConfig
 from actors.input_config import InputConfig
 from actors.sam_variants import VARIANTS
+from pipeline.algorithms.evaluate_config import EvaluateConfig
 from pipeline.algorithms.fit_config import FitConfig
 from pipeline.algorithms.matching import MatchConfig
 from pipeline.algorithms.prototypes import PrototypeConfig
@@ -29,7 +31,7 @@ from pipeline.execution import ExecutionConfig
 from pipeline.pairs import PairsConfig
 from pipeline.presets import PRESETS
 
-SEGMENTERS = (ComponentTreeConfig().name, *VARIANTS)
+SEGMENTERS = (ComponentTreeConfig().name, LabelsConfig().name, NetworkConfig().name, *VARIANTS)
 SHORT_FOR = {"pairs": "mode", "segmenter": "name"}
 
 
@@ -56,6 +58,8 @@ class StudyConfig(BaseModel):
     """How ROIs are paired."""
     fit: FitConfig = FitConfig()
     """How the displacement field is fitted."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """What is measured beside labels and landmarks."""
     pairs: PairsConfig = PairsConfig()
     """Which pairs of the cohort are registered."""
     execution: ExecutionConfig = ExecutionConfig()

@@ -24,6 +24,7 @@ class InputDigests:
     image: str
     label: str | None
     landmarks: str | None
+    segmentation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -76,19 +77,25 @@ class DigestCache:
 
 
 def digest_inputs(
-    subjects: Iterable[Subject], cache: DigestCache, image: Callable[[Subject], str] | None = None
+    subjects: Iterable[Subject],
+    cache: DigestCache,
+    image: Callable[[Subject], str] | None = None,
+    segmentations: bool = False,
 ) -> dict[str, InputDigests | Failure]:
-    """Digests of every subject, in order; a Failure for one whose image, label or landmarks cannot be read.
+    """Digests of every subject, in order; a Failure for one whose files cannot be read.
 
     Args:
         image: gives the digest of a subject's image, in place of reading the file.
+        segmentations: whether the segmentation of a subject counts.
     """
 
     def digest_files(files: _Files) -> InputDigests:
         subject = files.subject
         label = cache.digest(subject.label) if subject.label else None
         landmarks = cache.digest(subject.landmarks) if subject.landmarks else None
-        return InputDigests(image(subject) if image else cache.digest(subject.image), label, landmarks)
+        segmentation = cache.digest(subject.segmentation) if segmentations and subject.segmentation else None
+        found = image(subject) if image else cache.digest(subject.image)
+        return InputDigests(found, label, landmarks, segmentation)
 
     found = {subject.subject: attempt(digest_files, _Files(subject)) for subject in subjects}
     cache.save()

@@ -1,9 +1,9 @@
 """Keys: what a stored result depends on, so that a re-run redoes exactly what a change touches.
 
-    encode      image bytes, input settings, segmenter signature
+    encode      image bytes (and those of the segmentation that the ROIs come from), input settings, segmenter signature
     prototypes  encode key, ROI and pooling settings
     match       both prototype keys, matching settings, the names in the rows
-    fit         match key, fit settings, bytes of the labels and landmarks it is evaluated against
+    fit         match key, fit settings, bytes of the labels and landmarks it is evaluated against, evaluation settings
 
 Execution settings and file names enter no key. Raise a version when the code of a stage changes its results.
 """
@@ -63,7 +63,10 @@ def encode_settings(config: StudyConfig, segmenter: Mapping[str, Any]) -> dict[s
 
 def subject_keys(config: StudyConfig, segmenter: Mapping[str, Any], inputs: InputDigests) -> SubjectKeys:
     """Keys of a subject."""
-    return encoded_keys(config, _plain({"image": inputs.image, **encode_settings(config, segmenter)}))
+    files = {"image": inputs.image}
+    if inputs.segmentation is not None:
+        files["segmentation"] = inputs.segmentation
+    return encoded_keys(config, _plain({**files, **encode_settings(config, segmenter)}))
 
 
 def encoded_keys(config: StudyConfig, encode_signature: dict[str, Any]) -> SubjectKeys:
@@ -119,6 +122,7 @@ def _match_key(config: StudyConfig, pair: Pair, keys: Mapping[str, SubjectKeys])
 
 
 def _fit_key(config: StudyConfig, match_key: str, moving: InputDigests, fixed: InputDigests) -> str:
+    evaluated = {"evaluate": dataclasses.asdict(config.evaluate)} if config.evaluate.pseudo_folds else {}
     return digest(
         _plain(
             {
@@ -126,6 +130,7 @@ def _fit_key(config: StudyConfig, match_key: str, moving: InputDigests, fixed: I
                 "fit": dataclasses.asdict(config.fit),
                 "labels": [moving.label, fixed.label],
                 "landmarks": [moving.landmarks, fixed.landmarks],
+                **evaluated,
                 "version": VERSIONS["fit"],
             }
         )

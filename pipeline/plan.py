@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from actors.component_tree import ComponentTreeConfig
+from actors.sam_variants import VARIANTS
 from pipeline.dispatch import RAY_START_SECONDS
 from pipeline.folder import StudyFolder
 from pipeline.pairs import choose_pairs
@@ -71,11 +71,13 @@ def make_plan(request: Request, out: Path) -> Plan:
     n_pairs = _count_pairs(request)
     workers = 1 if execution.executor == "serial" else execution.workers or own_cores()
     measured = _measured_rates(out)
-    weight_free = request.config.segmenter.name == ComponentTreeConfig().name
+    weight_free = request.config.segmenter.name not in VARIANTS
     per_subject, per_pair = measured or (
         _mean([_subject_seconds(shape, weight_free) for shape in shapes]),
         _mean([_pair_seconds(shape) for shape in shapes]),
     )
+    if not measured:
+        per_pair *= 1 + request.config.evaluate.pseudo_folds
     work = [(len(subjects) * per_subject, len(subjects)), (n_pairs * per_pair, n_pairs)]
     return Plan(
         subjects=len(subjects),

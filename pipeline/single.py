@@ -35,16 +35,20 @@ class SingleResult:
     transform: Path
 
 
-def register(config: StudyConfig, paths: Mapping[str, tuple[Location, Location, Location]], out: Path) -> SingleResult:
+def register(config: StudyConfig, paths: Mapping[str, tuple[Location, ...]], out: Path) -> SingleResult:
     """Register one pair in the study folder `out`.
 
     Args:
-        paths: `fixed` and `moving`, each (image, label, landmarks).
+        paths: `fixed` and `moving`, each (image, label, landmarks, segmentation).
 
     Raises:
         StudyError: with the first failure, if there is any.
     """
-    subjects = tuple(Subject(name, *map(_located, found)) for name, found in paths.items())
+    columns = ("image", "label", "landmarks", "segmentation")
+    subjects = tuple(
+        Subject(name, **{column: _located(path) for column, path in zip(columns, found, strict=True)})
+        for name, found in paths.items()
+    )
     run_study(config, Cohort(subjects), out, [PAIR], reporter=SilentReporter())
     failures = tables.read_table(out, "failures").to_pylist()
     if failures:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actors.build import segmenter_signature
+from actors.build import finds_classes, reads_segmentations, segmenter_signature
 from pipeline import record
 from pipeline.config import StudyConfig
 from pipeline.dispatch import DISK_FULL, Failure, RayExecutor, SerialExecutor, Task, open_executor
@@ -25,7 +25,7 @@ from pipeline.folder import StudyFolder
 from pipeline.inputs import DigestCache, InputDigests, digest_inputs
 from pipeline.keys import SubjectKeys, plan_pairs, subject_keys
 from pipeline.pair_stages import run_pairs
-from pipeline.pairs import choose_pairs, nearest_pairs
+from pipeline.pairs import PairsError, choose_pairs, nearest_pairs
 from pipeline.progress import Reporter
 from pipeline.stages import encode, prototypes
 from storage.cohort import Cohort, Pair
@@ -123,6 +123,8 @@ class Study:
     def run(self, pairs: Sequence[Pair] | None, unknown: Sequence[UnknownPair], overwrite: bool) -> StudySummary:
         """Every stage, in order."""
         start = time.time()
+        if pairs is None and self.config.pairs.mode == "knn" and finds_classes(self.config.segmenter):
+            raise PairsError("pairs 'knn' compares prototypes, which class ROIs do not have; choose other pairs")
         if pairs is None and self.config.pairs.mode != "knn":
             pairs = choose_pairs(self.config.pairs, self.cohort)
         segmenter = segmenter_signature(self.config.segmenter)
@@ -181,7 +183,8 @@ class Study:
 
     def _digest_inputs(self) -> dict[str, InputDigests]:
         self.start_stage("encode", reused=0)
-        found = digest_inputs(self.cohort.subjects, DigestCache(self.folder.root / ".digests.json"))
+        cache = DigestCache(self.folder.root / ".digests.json")
+        found = digest_inputs(self.cohort.subjects, cache, segmentations=reads_segmentations(self.config.segmenter))
         good: dict[str, InputDigests] = {}
         for name, outcome in found.items():
             if isinstance(outcome, Failure):

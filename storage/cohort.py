@@ -33,7 +33,7 @@ _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 _IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr", *PICTURE_SUFFIXES)
 _LABEL_ENDING = re.compile(r"_(gt|seg|label|labels|dseg|mask)$")
 _RESERVED = ("zarr.json",)  # a name that the Zarr format gives to its own file
-_PATHS = ("image", "label", "landmarks")
+_PATHS = ("image", "label", "landmarks", "segmentation")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Subject:
         image: absolute path or URI.
         label: label map, or "" when there is none; landmarks likewise.
         group: free text, "" when not given; session likewise.
+        segmentation: class labels or class probabilities that become the ROIs (`segmenter: labels`), or "".
     """
 
     subject: str
@@ -53,6 +54,7 @@ class Subject:
     landmarks: str = ""
     group: str = ""
     session: str = ""
+    segmentation: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def subject_key(name: str) -> str:
 
 
 def read_cohort(path: str | Path) -> Cohort:
-    """Read a manifest, CSV or Parquet: columns subject, image, optional label, landmarks, group, session.
+    """Read a manifest, CSV or Parquet: columns subject, image, optional label, landmarks, segmentation, group, session.
 
     Paths may be URIs or relative to the manifest; they are not opened here, so a missing image fails alone.
 
@@ -92,7 +94,8 @@ def read_cohort(path: str | Path) -> Cohort:
         CohortError: for missing columns, empty names or images, duplicate subjects, no rows.
     """
     manifest = Path(path).resolve()
-    rows = read_rows(manifest, required=("subject", "image"), optional=("label", "landmarks", "group", "session"))
+    optional = ("label", "landmarks", "segmentation", "group", "session")
+    rows = read_rows(manifest, required=("subject", "image"), optional=optional)
     subjects: list[Subject] = []
     first_row: dict[str, int] = {}
     for number, row in rows:

@@ -4,6 +4,7 @@
     <root>/<subject key>/features    float16 [D, C, h, w], one slice per chunk
                          masks       uint8 [N, ceil(H * W / 8)], ROI masks packed along the row, 64 per chunk
                          roi_slice   int32 [N], quality float32 [N], stability float32 [N]
+                         roi_class   int32 [N], only where the ROIs are classes
                          prototypes/ any arrays of the prototype stage, with a signature of their own
 
 A writer works in a folder beside the store and renames it in at the end; the attribute `complete` is
@@ -23,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import zarr
 
@@ -108,15 +110,18 @@ class EmbeddingStore:
         folder = self._folder(subject)
         record = self._require(subject)
         kept = record["features"] == "kept"
+        roi_slice = read_column(folder / "roi_slice")
+        classes = (folder / "roi_class").exists()
         return SubjectEmbedding(
             geometry=Geometry.from_dict(record["geometry"]),
             signature=record["signature"],
             layout=record["layout"],
             extent=(float(record["extent"][0]), float(record["extent"][1])),
             features=zarr.open_array(folder / "features", mode="r") if kept else None,
-            roi_slice=read_column(folder / "roi_slice"),
+            roi_slice=roi_slice,
             quality=read_column(folder / "quality"),
             stability=read_column(folder / "stability"),
+            roi_class=read_column(folder / "roi_class") if classes else np.zeros_like(roi_slice),
             mask_shape=(int(record["mask_shape"][0]), int(record["mask_shape"][1])),
             packed=zarr.open_array(folder / "masks", mode="r"),
         )

@@ -21,7 +21,17 @@ from storage.geometry import FileGrid, Geometry, SliceAxis, from_file_axes
 from storage.integrity import check_file, not_finite
 from storage.sources import PICTURE_SUFFIXES, ImageError, content_digest, local_copy, suffix
 
-__all__ = ["Image", "ImageError", "content_digest", "read_image", "read_labels", "to_uint8"]
+__all__ = [
+    "Image",
+    "ImageError",
+    "content_digest",
+    "label_map",
+    "read_image",
+    "read_labels",
+    "read_on_grid",
+    "to_uint8",
+    "to_unit",
+]
 
 _EXPECTED = "expected NIfTI, MHA, NRRD, a DICOM series folder, PNG, JPEG or TIFF"
 _SAME_GRID = 0.1  # corners of two equal grids agree within this part of the smallest spacing
@@ -76,11 +86,20 @@ def read_labels(path: str | Path, like: Geometry) -> npt.NDArray[np.int32]:
     Raises:
         ImageError: as read_image (constant is allowed), for values that are not whole numbers, another grid.
     """
-    array, grid, dimension, physical = _read_file(path)
-    if array.ndim == 4:
-        if not (array == array[..., :1]).all():
-            raise ImageError(f"{path}: expected one channel of label numbers, got {array.shape[3]}")
-        array = array[..., 0]
+    array, own = read_on_grid(path, like)
+    return label_map(array, own, path)
+
+
+def read_on_grid(path: str | Path, like: Geometry, frames: bool = False) -> tuple[npt.NDArray[Any], Geometry]:
+    """The voxels of a file [z, y, x] or [z, y, x, channel] in its own order, and its grid, which is that of `like`.
+
+    Args:
+        frames: take the frames of a 4D file as channels, instead of refusing it.
+
+    Raises:
+        ImageError: as read_image (constant is allowed), for another grid.
+    """
+    array, grid, dimension, physical = _read_file(path, frames)
     try:
         own = Geometry.from_file_grid(grid, like.world_axis(), has_spacing=physical, source_dimension=dimension)
     except ValueError as error:
@@ -90,6 +109,19 @@ def read_labels(path: str | Path, like: Geometry) -> npt.NDArray[np.int32]:
             f"{path}: labels are on another grid: labels {own.describe()} at {_rounded(own.origin_mm)}, "
             f"image {like.describe()} at {_rounded(like.origin_mm)}; resample the labels (nearest neighbour)"
         )
+    return array, own
+
+
+def label_map(array: npt.NDArray[Any], own: Geometry, path: str | Path) -> npt.NDArray[np.int32]:
+    """Voxels of `read_on_grid` as label numbers in analysis orientation, int32 [D, H, W].
+
+    Raises:
+        ImageError: for channels that differ, values that are not whole numbers.
+    """
+    if array.ndim == 4:
+        if not (array == array[..., :1]).all():
+            raise ImageError(f"{path}: expected one channel of label numbers, got {array.shape[3]}")
+        array = array[..., 0]
     values = _to_float(array, path) if array.dtype.kind == "f" else array
     labels = values.astype(np.int32)
     if not np.array_equal(labels, values):
@@ -113,35 +145,43 @@ def to_uint8(
     """
     if image.is_rgb:
         return image.array
+    grey = np.rint(to_unit(image, percentiles, window) * np.float32(255)).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=3)
+
+
+def to_unit(
+    image: Image, percentiles: tuple[float, float] = (0.5, 99.5), window: tuple[float, float] | None = None
+) -> npt.NDArray[np.float32]:
+    """Intensities of a whole grey volume mapped linearly to 0..1, float32 [D, H, W]; see `to_uint8`."""
     pair = percentiles if window is None else window
     if not pair[0] < pair[1]:
         raise ValueError(f"{'percentiles' if window is None else 'window'} must increase, got {pair}")
     low, high = pair if window is not None else np.percentile(image.array, percentiles)
     if low == high:  # nearly constant background: the percentiles miss the object
         low, high = image.array.min(), image.array.max()
-    scaled = np.clip((image.array - np.float32(low)) / np.float32(high - low), 0, 1)
-    grey = np.rint(scaled * np.float32(255)).astype(np.uint8)
-    return np.repeat(grey[..., None], 3, axis=3)
+    return np.asarray(np.clip((image.array - np.float32(low)) / np.float32(high - low), 0, 1), dtype=np.float32)
 
 
-def _read_file(path: str | Path) -> tuple[npt.NDArray[Any], FileGrid, int, bool]:
+def _read_file(path: str | Path, frames: bool = False) -> tuple[npt.NDArray[Any], FileGrid, int, bool]:
     """Array [z, y, x] or [z, y, x, channel] on the file's grid, the grid, its dimension, are mm real."""
     with local_copy(path) as local, _quiet_itk():
         if local.is_dir():
             image, dimension, physical = _read_series(local, path), 3, True
         else:
-            image, dimension = _read_single(local, path)
+            image, dimension = _read_single(local, path, frames)
             physical = suffix(local) not in PICTURE_SUFFIXES
         array = sitk.GetArrayFromImage(image)
         channels = image.GetNumberOfComponentsPerPixel()
         image_dimension = image.GetDimension()
         grid = _grid(image)
-    if channels > 4 or (channels > 1 and array.dtype.kind not in "u"):
+    if image_dimension == 4:
+        array = np.moveaxis(array, 0, 3)
+    if not frames and (channels > 4 or (channels > 1 and array.dtype.kind not in "u")):
         raise ImageError(f"{path}: {channels} values per voxel; expected one intensity or RGB")
     return (array[None] if image_dimension == 2 else array), grid, dimension, physical
 
 
-def _read_single(local: Path, path: str | Path) -> tuple[sitk.Image, int]:
+def _read_single(local: Path, path: str | Path, frames: bool) -> tuple[sitk.Image, int]:
     if local.stat().st_size == 0:
         raise ImageError(f"{path}: the file is empty; {_EXPECTED}")
     reader = sitk.ImageFileReader()
@@ -153,10 +193,11 @@ def _read_single(local: Path, path: str | Path) -> tuple[sitk.Image, int]:
     size, dimension = reader.GetSize(), reader.GetDimension()
     if min(size) < 1:
         raise ImageError(f"{path}: the image has no voxels (size {size})")
-    if dimension > 3 and any(n > 1 for n in size[3:]):
-        frames = " x ".join(str(n) for n in size[3:])
+    stacked = dimension > 3 and any(n > 1 for n in size[3:])
+    if stacked and not (frames and dimension == 4 and reader.GetNumberOfComponents() == 1):
+        count = " x ".join(str(n) for n in size[3:])
         raise ImageError(
-            f"{path}: {dimension}D image with {frames} frames; expected one 3D volume. Split it, for example "
+            f"{path}: {dimension}D image with {count} frames; expected one 3D volume. Split it, for example "
             "SimpleITK image[:, :, :, t] or fslsplit, and list the frames as subjects"
         )
     if dimension == 3 and size[2] > 1 and suffix(local) in PICTURE_SUFFIXES:
@@ -164,7 +205,7 @@ def _read_single(local: Path, path: str | Path) -> tuple[sitk.Image, int]:
     probe = sitk.Image([1] * min(dimension, 3), reader.GetPixelID(), reader.GetNumberOfComponents())
     voxel_bytes = int(np.prod(size)) * reader.GetNumberOfComponents() * probe.GetSizeOfPixelComponent()
     check_file(local, str(path), voxel_bytes)
-    if dimension > 3:
+    if dimension > 3 and not stacked:
         reader.SetExtractSize([*size[:3], *([0] * (dimension - 3))])
     try:
         image = reader.Execute()
@@ -237,11 +278,11 @@ def _same_grid(a: Geometry, b: Geometry) -> bool:
 
 
 def _grid(image: sitk.Image) -> FileGrid:
-    n = image.GetDimension()
+    n, axes = image.GetDimension(), min(image.GetDimension(), 3)
     size, spacing = [*image.GetSize(), 1][:3], [*image.GetSpacing(), 1.0][:3]
     origin = [*image.GetOrigin(), 0.0][:3]
     direction = np.eye(3)
-    direction[:n, :n] = np.asarray(image.GetDirection()).reshape(n, n)
+    direction[:axes, :axes] = np.asarray(image.GetDirection()).reshape(n, n)[:axes, :axes]
     return FileGrid(
         (size[0], size[1], size[2]),
         (spacing[0], spacing[1], spacing[2]),

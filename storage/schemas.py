@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 
 _TEXT, _INT, _SCORE, _MEASURE, _TIME = (
     pa.string(),
@@ -51,8 +51,9 @@ ROIS = _schema(
         ("bbox_x0", _INT, "px", "first column of the bounding box"),
         ("bbox_y1", _INT, "px", "row after the last of the bounding box"),
         ("bbox_x1", _INT, "px", "column after the last of the bounding box"),
-        ("quality", _SCORE, "1", "predicted IoU, or the backend's analogue"),
+        ("quality", _SCORE, "1", "predicted IoU, the backend's analogue, or mean class probability"),
         ("stability", _SCORE, "1", "how little the mask changes with its threshold, 0 to 1"),
+        ("roi_class", _INT, "", "class that this is one slice of; 0 for a candidate ROI, which has none"),
         *_KEY,
     ]
 )
@@ -64,10 +65,22 @@ CORRESPONDENCES = _schema(
         ("fixed_roi", _INT, "", "ROI row of the fixed subject"),
         ("moving_slice", _INT, "voxel", "slice of the moving ROI"),
         ("fixed_slice", _INT, "voxel", "slice of the fixed ROI"),
-        ("similarity", _SCORE, "1", "prototype similarity, Eq. 6"),
+        (
+            "roi_class",
+            _INT,
+            "",
+            "class of the two ROIs, which go through all its slices; ROI, slice and area are those of the largest. "
+            "0: a pair of slices by prototype",
+        ),
+        ("similarity", _SCORE, "1", "prototype similarity, Eq. 6; 1 for a class"),
         ("margin", _SCORE, "1", "similarity minus that of the best other candidate"),
         ("rank", _INT, "", "order in which the pair was selected, from 0"),
-        ("confidence", _SCORE, "1", "how far the match is to be trusted, 0 to 1"),
+        (
+            "confidence",
+            _SCORE,
+            "1",
+            "how far the match is to be trusted, 0 to 1; by class: Eq. 1",
+        ),
         *_zyx("moving_centroid", "mm", _DATA_UNIT, "centroid in the moving image's local frame"),
         *_zyx("fixed_centroid", "mm", _DATA_UNIT, "centroid in the fixed image's local frame"),
         ("moving_area_mm2", _MEASURE, _AREA_UNIT, "area of the moving ROI"),
@@ -116,6 +129,11 @@ METRICS = _schema(
             "voxel",
             "95 % Hausdorff distance after registration, fixed voxels",
         ),
+        ("pseudo_dice_before", _MEASURE, "1", "Dice of the held-out ROIs (evaluate.pseudo_folds), before registration"),
+        ("pseudo_dice_affine", _MEASURE, "1", "Dice of the held-out ROIs, after the affine step"),
+        ("pseudo_dice", _MEASURE, "1", "Dice of the held-out ROIs, after registration"),
+        *_tre("pseudo_tre", "mean distance of the held-out ROIs' centroids"),
+        ("n_pseudo", _INT, "", "held-out ROI pairs; empty when not asked for"),
         ("sdlogj", _MEASURE, "1", "standard deviation of the log Jacobian determinant of the field"),
         (
             "fold_fraction",
@@ -126,7 +144,12 @@ METRICS = _schema(
         ("n_rois", _INT, "", "matched ROI pairs in the fit"),
         ("n_slices", _INT, "", "fixed slices that hold a matched ROI"),
         ("fallback", _TEXT, "", "simpler model used instead: none, affine, translation or identity"),
-        ("flag", _TEXT, "", "what to look at, for example worse_than_affine; empty when nothing"),
+        (
+            "flag",
+            _TEXT,
+            "",
+            "what to look at: fallback_*, worse_than_affine, labels_in_fit (fitted to these labels)",
+        ),
         ("seconds_match", _MEASURE, "s", "wall time of matching"),
         ("seconds_fit", _MEASURE, "s", "wall time of the fit"),
         *_KEY,

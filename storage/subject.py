@@ -34,6 +34,7 @@ class SubjectEmbedding:
         roi_slice: int32 [N], slice of each ROI, in the order the slices were added.
         quality: float32 [N].
         stability: float32 [N].
+        roi_class: int32 [N], class that a ROI is one slice of; 0 for a candidate ROI, which has none.
         mask_shape: (H, W).
     """
 
@@ -45,6 +46,7 @@ class SubjectEmbedding:
     roi_slice: npt.NDArray[np.int32]
     quality: npt.NDArray[np.float32]
     stability: npt.NDArray[np.float32]
+    roi_class: npt.NDArray[np.int32]
     mask_shape: tuple[int, int]
     packed: zarr.Array[Any]
 
@@ -71,7 +73,7 @@ class SubjectWriter:
     _added: set[int] = field(default_factory=set)
     _pending: list[npt.NDArray[np.uint8]] = field(default_factory=list)
     _columns: dict[str, list[npt.NDArray[Any]]] = field(
-        default_factory=lambda: {"roi_slice": [], "quality": [], "stability": []}
+        default_factory=lambda: {"roi_slice": [], "quality": [], "stability": [], "roi_class": []}
     )
 
     def add_slice(
@@ -81,6 +83,7 @@ class SubjectWriter:
         masks: npt.NDArray[np.bool_],
         quality: npt.NDArray[np.floating[Any]],
         stability: npt.NDArray[np.floating[Any]],
+        roi_class: npt.NDArray[np.integer[Any]] | None = None,
     ) -> None:
         """Store one slice.
 
@@ -90,12 +93,14 @@ class SubjectWriter:
             masks: bool [n, H, W], n may be 0.
             quality: [n].
             stability: [n].
+            roi_class: [n], class of each; None for candidate ROIs, which have none.
 
         Raises:
             ValueError: for a slice added twice or out of range, shapes that disagree, values beyond float16.
             OSError: naming the store, for example when the disk is full.
         """
-        self._check(z, masks, quality, stability)
+        classes = np.zeros(len(masks), np.int32) if roi_class is None else np.asarray(roi_class, np.int32)
+        self._check(z, masks, quality, stability, classes)
         with np.errstate(over="ignore"):
             half = np.asarray(features, dtype=np.float16)
         if not np.isfinite(half).all():
@@ -116,6 +121,7 @@ class SubjectWriter:
         self._columns["roi_slice"].append(np.full(len(masks), z, np.int32))
         self._columns["quality"].append(np.asarray(quality, np.float32))
         self._columns["stability"].append(np.asarray(stability, np.float32))
+        self._columns["roi_class"].append(classes)
 
     def finish(self) -> None:
         """Write what is left.
@@ -127,8 +133,11 @@ class SubjectWriter:
         if missing:
             raise ValueError(f"embedding is not whole: slices {missing} of {self.depth} were not added")
         self._flush(final=True)
-        for name, parts in self._columns.items():
-            create_column(self.group, name, np.concatenate(parts))
+        columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
+        if not columns["roi_class"].any():
+            del columns["roi_class"]
+        for name, values in columns.items():
+            create_column(self.group, name, values)
 
     def _check(self, z: int, masks: npt.NDArray[Any], *columns: npt.NDArray[Any]) -> None:
         if not 0 <= z < self.depth:
@@ -138,7 +147,9 @@ class SubjectWriter:
         if masks.dtype != np.bool_ or masks.shape[1:] != self.mask_shape:
             raise ValueError(f"masks must be bool [n, {self.mask_shape}], got {masks.dtype} {masks.shape}")
         if any(column.shape != (len(masks),) for column in columns):
-            raise ValueError(f"slice {z}: {len(masks)} masks but {[c.shape for c in columns]} quality and stability")
+            raise ValueError(
+                f"slice {z}: {len(masks)} masks but {[c.shape for c in columns]} quality, stability and class"
+            )
 
     def _array(self, name: str) -> zarr.Array[Any]:
         return cast("zarr.Array[Any]", self.group[name])

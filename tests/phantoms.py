@@ -104,3 +104,20 @@ def study_bytes(root: Path) -> dict[str, bytes]:
         for name in ("rois", "correspondences")
         for path in sorted((root / name).glob("*.parquet"))
     }
+
+
+def write_threshold_network(path: Path, kind: str, dimensions: int, scale: float = 1.0) -> Path:
+    """A network whose class 1 is where the input is positive: "script" for TorchScript, "export" for torch.export."""
+    import torch
+
+    network = (torch.nn.Conv3d if dimensions == 3 else torch.nn.Conv2d)(1, 2, 1, bias=False)
+    weights = torch.tensor([-0.5 * scale, 0.5 * scale]).reshape(network.weight.shape)
+    network.load_state_dict({"weight": weights})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "script":
+        torch.jit.save(torch.jit.script(network), path)
+        return path
+    sizes = {axis + 2: torch.export.Dim(f"n{axis}", min=1, max=512) for axis in range(dimensions)}
+    example = torch.zeros(1, 1, *(4 + axis for axis in range(dimensions)))
+    torch.export.save(torch.export.export(network, (example,), dynamic_shapes=(sizes,)), path)
+    return path

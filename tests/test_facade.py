@@ -34,6 +34,13 @@ def test_register_pair_is_a_study_of_one_pair(tmp_path: Path) -> None:
     assert set(samreg.read_table(tmp_path / "study", "rois").subject) == {"fixed", "moving"}
 
 
+def test_register_pair_takes_the_classes_of_segmentations(tmp_path: Path) -> None:
+    folder = phantoms.write_cohort(tmp_path / "data", ["a", "b"]).parent
+    classes = {"fixed_segmentation": folder / "0_gt.nii.gz", "moving_segmentation": folder / "1_gt.nii.gz"}
+    found = samreg.register_pair(folder / "0.nii.gz", folder / "1.nii.gz", {**QUICK, "segmenter": "labels"}, **classes)
+    assert list(found.correspondences.roi_class) == [1, 2, 3]
+
+
 def test_a_failure_is_raised_with_its_reason(tmp_path: Path) -> None:
     folder = phantoms.write_cohort(tmp_path / "data", ["a"]).parent
     with pytest.raises(StudyError, match=r"encode failed with ImageError: .*nothing\.nii"):

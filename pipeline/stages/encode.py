@@ -8,7 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from actors.build import build_segmenter, uses_gpu
+from actors.build import build_class_segmenter, build_segmenter, uses_gpu
+from actors.class_config import LabelsConfig, NetworkConfig
+from actors.class_encoder import ClassEncoder
 from actors.encoder import Encoded, SliceEncoder
 from actors.input_config import InputConfig
 from pipeline.config import StudyConfig
@@ -28,6 +30,7 @@ class EncodeUnit:
     subject: str
     image: str
     signature: dict[str, Any]
+    segmentation: str = ""
 
     @property
     def unit(self) -> str:
@@ -38,7 +41,7 @@ class EncodeUnit:
 def plan(store: EmbeddingStore, subjects: Mapping[str, Subject], keys: Mapping[str, SubjectKeys]) -> list[EncodeUnit]:
     """Units of the subjects whose embeddings are absent, incomplete, made otherwise, or needed but dropped."""
     return [
-        EncodeUnit(name, str(subjects[name].image), key.encode_signature)
+        EncodeUnit(name, subjects[name].image, key.encode_signature, subjects[name].segmentation)
         for name, key in keys.items()
         if not is_done(store, name, key)
     ]
@@ -57,17 +60,23 @@ def task(config: StudyConfig, store: Path) -> Task:
 
 
 def _build(config: StudyConfig, store: Path, device: str) -> Callable[[EncodeUnit], Encoded]:
-    encoder = SliceEncoder(partial(build_segmenter, config.segmenter, device), store, SLICES_AT_ONCE[device])
-    return partial(run_unit, encoder, config.input)
+    chosen = config.segmenter
+    if isinstance(chosen, LabelsConfig | NetworkConfig):
+        classes = ClassEncoder(partial(build_class_segmenter, chosen, device), store, chosen.classes)
+        return partial(run_unit, classes, config.input)
+    slices = SliceEncoder(partial(build_segmenter, chosen, device), store, SLICES_AT_ONCE[device])
+    return partial(run_unit, slices, config.input)
 
 
-def run_unit(encoder: SliceEncoder, config: InputConfig, unit: EncodeUnit) -> Encoded:
+def run_unit(encoder: SliceEncoder | ClassEncoder, config: InputConfig, unit: EncodeUnit) -> Encoded:
     """Encode one subject.
 
     Raises:
         SignatureMismatch: this worker's segmenter is not the one the driver planned with, for example because
             its node holds other weights under the same path.
-        ImageError: for an image that cannot be used.
+        ImageError, ClassError: for an image or a segmentation that cannot be used.
     """
     check_signature("this worker's segmenter", encoder.segmenter.signature, unit.signature["segmenter"])
+    if isinstance(encoder, ClassEncoder):
+        return encoder.encode(unit.subject, unit.image, unit.segmentation, unit.signature, config)
     return encoder.encode(unit.subject, unit.image, unit.signature, config)

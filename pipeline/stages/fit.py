@@ -26,6 +26,7 @@ from storage.transforms import write_transform
 
 if TYPE_CHECKING:  # these load torch, which only a process that fits needs
     from pipeline.algorithms.ddf import FitResult
+    from pipeline.algorithms.evaluate_config import EvaluateConfig
     from pipeline.algorithms.fit_config import FitConfig
     from pipeline.algorithms.roi_fields import Roi, RoiPair
 
@@ -66,14 +67,18 @@ class _PairUnit:
 
 def task(config: StudyConfig, folder: StudyFolder) -> Task:
     """The task of fitting, for `pipeline.dispatch`."""
-    return Task("fit", partial(_build, config.fit, folder))
+    return Task("fit", partial(_build, config.fit, config.evaluate, folder))
 
 
-def _build(config: FitConfig, folder: StudyFolder, device: str) -> Callable[[FitUnit], list[list[Row] | Failure]]:
-    return partial(run_unit, folder, EmbeddingStore(folder.embeddings), config)
+def _build(
+    config: FitConfig, evaluated: EvaluateConfig, folder: StudyFolder, device: str
+) -> Callable[[FitUnit], list[list[Row] | Failure]]:
+    return partial(run_unit, folder, EmbeddingStore(folder.embeddings), config, evaluated)
 
 
-def run_unit(folder: StudyFolder, store: EmbeddingStore, config: FitConfig, unit: FitUnit) -> list[list[Row] | Failure]:
+def run_unit(
+    folder: StudyFolder, store: EmbeddingStore, config: FitConfig, evaluated: EvaluateConfig, unit: FitUnit
+) -> list[list[Row] | Failure]:
     """Fit and evaluate each pair; its metrics rows, or the Failure, of each."""
     names = [pair.pair for pair in unit.pairs]
     matches = results.rows_of(folder.root, "correspondences", unit.part, names)
@@ -83,7 +88,7 @@ def run_unit(folder: StudyFolder, store: EmbeddingStore, config: FitConfig, unit
         return read_reference(store, unit.subjects[name])
 
     def fit_one(item: _PairUnit) -> list[Row]:
-        return fit_pair(folder, store, config, item, reference)
+        return fit_pair(folder, store, config, evaluated, item, reference)
 
     return [
         attempt(fit_one, _PairUnit(pair, matches[pair.pair], seconds))
@@ -107,37 +112,40 @@ def fit_pair(
     folder: StudyFolder,
     store: EmbeddingStore,
     config: FitConfig,
+    evaluated: EvaluateConfig,
     item: _PairUnit,
     reference: Callable[[str], Reference],
 ) -> list[Row]:
     """Fit one pair, write its transform, and return its metrics rows."""
     from pipeline.algorithms.ddf import fit_ddf
+    from pipeline.algorithms.pseudo_rois import Grids, held_out_columns
 
     pair = item.pair
     fixed, moving = store.read(pair.fixed), store.read(pair.moving)
     known_fixed, known_moving = reference(pair.fixed), reference(pair.moving)
+    here, there = fixed.geometry, moving.geometry
+    grids = (here.shape, here.spacing_mm, there.spacing_mm, moving_to_fixed(here, there))
+
+    def fit(pairs: list[RoiPair]) -> FitResult:
+        return fit_ddf(pairs, *grids, config)
+
     start = time.perf_counter()
-    result = fit_ddf(
-        roi_pairs(fixed, moving, item.matches),
-        fixed.geometry.shape,
-        fixed.geometry.spacing_mm,
-        moving.geometry.spacing_mm,
-        moving_to_fixed(fixed.geometry, moving.geometry),
-        config,
-    )
+    rois = roi_pairs(fixed, moving, item.matches)
+    result = fit(rois)
     seconds = time.perf_counter() - start
     rows = evaluate(known_fixed, known_moving, result)
     if folder.keep_transforms:
         signature = {"pair": pair.pair, "moving": pair.moving, "fixed": pair.fixed, "key": pair.fit_key}
-        write_transform(folder.transform(pair.pair), result.ddf, fixed.geometry, signature, moving.geometry)
+        write_transform(folder.transform(pair.pair), result.ddf, here, signature, there)
     shared = {
         "pair": pair.pair,
         "moving": pair.moving,
         "fixed": pair.fixed,
         "n_rois": len(item.matches),
-        "n_slices": len({row["fixed_slice"] for row in item.matches}),
+        "n_slices": len({z for pair in rois for z in _slices(pair.fixed)}),
         "fallback": result.fallback,
-        "flag": _flag(rows[0], result),
+        "flag": _flag(rows[0], result, labels_in_fit(item.matches, rois, known_fixed, known_moving)),
+        **held_out_columns(rois, fit, Grids(*grids), evaluated.pseudo_folds, here.has_spacing),
         "seconds_match": item.seconds_match,
         "seconds_fit": seconds,
         "key": pair.fit_key,
@@ -146,7 +154,7 @@ def fit_pair(
 
 
 def roi_pairs(fixed: SubjectEmbedding, moving: SubjectEmbedding, matches: list[dict[str, Any]]) -> list[RoiPair]:
-    """Matched ROIs as crops of their slices, weighted by confidence."""
+    """Matched ROIs as crops of their slices, or of all slices of a class, weighted by confidence."""
     from pipeline.algorithms.roi_fields import RoiPair
 
     here = _rois(fixed, [row["fixed_roi"] for row in matches])
@@ -156,22 +164,55 @@ def roi_pairs(fixed: SubjectEmbedding, moving: SubjectEmbedding, matches: list[d
 
 def _rois(embedding: SubjectEmbedding, rows: list[int]) -> dict[int, Roi]:
     wanted = sorted(set(rows))
+    if embedding.roi_class.any():
+        return {row: _class_roi(embedding, int(embedding.roi_class[row])) for row in wanted}
     masks = embedding.masks(wanted)
-    return {row: _crop(mask, int(embedding.roi_slice[row])) for row, mask in zip(wanted, masks, strict=True)}
+    return {row: _crop(mask[None], int(embedding.roi_slice[row])) for row, mask in zip(wanted, masks, strict=True)}
+
+
+def _class_roi(embedding: SubjectEmbedding, value: int) -> Roi:
+    """All slices of a class as one ROI."""
+    rows = np.flatnonzero(embedding.roi_class == value)
+    slices = embedding.roi_slice[rows]
+    volume = np.zeros((slices.max() - slices.min() + 1, *embedding.mask_shape), bool)
+    volume[slices - slices.min()] = embedding.masks(rows)
+    return _crop(volume, int(slices.min()))
 
 
 def _crop(mask: npt.NDArray[np.bool_], z: int) -> Roi:
-    """The mask [H, W] as a slab of slice z, cut to its bounding box."""
+    """The mask [d, H, W] from slice z on, cut to its bounding box in plane."""
     from pipeline.algorithms.roi_fields import Roi
 
-    ys, xs = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    box = mask[None, ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
+    ys, xs = np.flatnonzero(mask.any(axis=(0, 2))), np.flatnonzero(mask.any(axis=(0, 1)))
+    box = mask[:, ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
     return Roi(box.copy(), (z, int(ys[0]), int(xs[0])))  # a view would keep every whole mask in memory
 
 
-def _flag(mean: Row, result: FitResult) -> str:
-    """What to look at: a fallback, or a final Dice that falls behind the affine one."""
+def _slices(roi: Roi) -> npt.NDArray[np.int64]:
+    """Slices that a ROI occupies."""
+    return np.flatnonzero(roi.mask.any(axis=(1, 2))) + roi.offset[0]
+
+
+def labels_in_fit(matches: list[dict[str, Any]], pairs: list[RoiPair], fixed: Reference, moving: Reference) -> bool:
+    """Whether a class ROI of the fit is a label that is evaluated, voxel for voxel, in either image."""
+    classes = [row["roi_class"] for row in matches]
+    sides = [(pair.fixed, fixed.labels) for pair in pairs] + [(pair.moving, moving.labels) for pair in pairs]
+    return any(
+        labels is not None and value != 0 and _is_label(roi, labels == value)
+        for value, (roi, labels) in zip(classes * 2, sides, strict=True)
+    )
+
+
+def _is_label(roi: Roi, label: npt.NDArray[np.bool_]) -> bool:
+    box = tuple(slice(o, o + n) for o, n in zip(roi.offset, roi.mask.shape, strict=True))
+    return bool(label.sum() == roi.mask.sum() and np.array_equal(label[box], roi.mask))
+
+
+def _flag(mean: Row, result: FitResult, in_fit: bool) -> str:
+    """What to look at: a fallback, a final Dice that falls behind the affine one, labels that were fitted to."""
     flags = [] if result.fallback == "none" else [f"fallback_{result.fallback}"]
     if mean.get("dice") is not None and mean["dice"] < mean["dice_affine"] - WORSE_THAN_AFFINE:
         flags.append("worse_than_affine")
+    if in_fit:
+        flags.append("labels_in_fit")
     return " ".join(flags)

@@ -1,4 +1,7 @@
-"""Match: Algorithm 1 on a tile of pairs, reading prototypes only and writing one part of correspondences."""
+"""Match: Algorithm 1 (Case 2), or by class (Case 1), on a tile of pairs.
+
+Reads what the prototype stage wrote, and nothing else, and writes one part of correspondences.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline import results
+from pipeline.algorithms.class_rois import match_classes
 from pipeline.algorithms.matching import MatchConfig, Matches, match
 from pipeline.config import StudyConfig
 from pipeline.dispatch import Failure, Task, attempt
@@ -71,7 +75,7 @@ def run_unit(root: Path, store: EmbeddingStore, config: MatchConfig, unit: Match
     def match_pair(named: _Named) -> float:
         moving, fixed = rois_of(named.pair.moving), rois_of(named.pair.fixed)
         start = time.perf_counter()
-        found = match(moving.rois, fixed.rois, moving_to_fixed(fixed.geometry, moving.geometry), config)
+        found = match_rois(moving, fixed, config)
         seconds = time.perf_counter() - start
         pieces.append(pa.table(_rows(named.pair, moving, fixed, found)).select(names).cast(pieces[0].schema))
         return seconds
@@ -80,6 +84,19 @@ def run_unit(root: Path, store: EmbeddingStore, config: MatchConfig, unit: Match
     matched = [pair.pair for pair, out in zip(unit.pairs, outcomes, strict=True) if not isinstance(out, Failure)]
     results.merge_rows(root, "correspondences", unit.part, pa.concat_tables(pieces), matched)
     return outcomes
+
+
+def match_rois(moving: SubjectRois, fixed: SubjectRois, config: MatchConfig) -> Matches:
+    """Match by class where the ROIs are classes, else by prototype.
+
+    Raises:
+        NoSharedClassError: naming the classes of both.
+    """
+    if moving.roi_class is None or fixed.roi_class is None:
+        return match(moving.rois, fixed.rois, moving_to_fixed(fixed.geometry, moving.geometry), config)
+    assert moving.probability is not None
+    assert fixed.probability is not None
+    return match_classes(moving.roi_class, fixed.roi_class, moving.probability, fixed.probability)
 
 
 def _rows(
@@ -102,6 +119,7 @@ def _rows(
         columns[f"{role}_area_mm2"] = rois.rois.area_mm2[chosen]
         for axis, name in enumerate("zyx"):
             columns[f"{role}_centroid_{name}_mm"] = rois.rois.centroid_mm[chosen, axis]
+    columns["roi_class"] = np.zeros(len(i), np.int32) if moving.roi_class is None else moving.roi_class[i]
     for name in ("similarity", "margin", "confidence"):
         columns[name] = getattr(found, name)
     columns["rank"] = np.arange(len(i), dtype=np.int32)

@@ -1,6 +1,7 @@
 """Prototypes: filter the candidate ROIs of a subject and pool its features over them, one subject per unit.
 
-Reads the embedding store only, so filters and pooling can change without encoding again.
+Reads the embedding store only, so filters and pooling can change without encoding again. The class ROIs of Case 1 are
+what the user's segmentation says: none is filtered out, and none has a prototype.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.algorithms.class_rois import merge_slices
 from pipeline.algorithms.prototypes import PrototypeConfig, pool
 from pipeline.algorithms.rois import RoiConfig, filter_rois, moments
 from pipeline.config import StudyConfig
@@ -81,13 +83,20 @@ def run_unit(
         NoRoiError: saying how many candidates there were and what took them away.
     """
     embedding = store.read(unit.subject)
-    chosen, pooled = _pool_slices(embedding, rois, config)
+    classes = bool(embedding.roi_class.any())
+    if classes:
+        chosen, pooled = np.arange(len(embedding.roi_class)), np.zeros((0, 0), np.float32)
+    else:
+        chosen, pooled = _pool_slices(embedding, rois, config)
     if not len(chosen):
         raise NoRoiError(_why_none(embedding))
     columns = moments(embedding.masks(chosen), embedding.roi_slice[chosen], embedding.geometry.spacing_mm)
     rows = _roi_rows(unit, embedding, chosen, columns)
     tables.write_part(root, "rois", subject_key(unit.subject), tables.table_from_rows("rois", rows))
-    arrays = {"prototypes": pooled, "roi": chosen.astype(np.int32), **_match_arrays(embedding, chosen, columns)}
+    if classes:
+        arrays = _class_arrays(embedding, columns)
+    else:
+        arrays = {"prototypes": pooled, "roi": chosen.astype(np.int32), **_match_arrays(embedding, chosen, columns)}
     store.write_prototypes(unit.subject, unit.signature, arrays)
     return Pooled(unit.subject, len(chosen))
 
@@ -158,6 +167,7 @@ def _roi_rows(
             **{f"bbox_{c}": int(v) for c, v in zip(("y0", "x0", "y1", "x1"), columns["bbox"][n], strict=True)},
             "quality": float(embedding.quality[row]),
             "stability": float(embedding.stability[row]),
+            "roi_class": int(embedding.roi_class[row]),
             "key": unit.key,
         }
         for n, row in enumerate(chosen)
@@ -172,4 +182,17 @@ def _match_arrays(
         "centroid_mm": columns["centroid_mm"],
         "area_mm2": columns["area_mm2"],
         "covariance_mm2": columns["covariance_mm2"],
+    }
+
+
+def _class_arrays(embedding: SubjectEmbedding, columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    """The classes as ROIs, each standing on the slice in which it is largest."""
+    found = merge_slices(embedding.roi_class, embedding.quality, columns["centroid_mm"], columns["area_px"])
+    return {
+        "prototypes": np.zeros((len(found.value), 0), np.float32),
+        "roi": found.largest.astype(np.int32),
+        **_match_arrays(embedding, found.largest, {name: values[found.largest] for name, values in columns.items()}),
+        "centroid_mm": found.centroid_mm,
+        "roi_class": found.value,
+        "probability": found.probability,
     }

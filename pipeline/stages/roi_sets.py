@@ -20,11 +20,15 @@ class SubjectRois:
         rois: prototypes and moments.
         roi: int32 [N], row of each ROI in the embedding store.
         geometry: grid of the image.
+        roi_class: int32 [N], ascending, where the ROIs are classes (Case 1); else None.
+        probability: float64 [N], 0..1, of the classes; else None.
     """
 
     rois: RoiSet
     roi: npt.NDArray[np.int32]
     geometry: Geometry
+    roi_class: npt.NDArray[np.int32] | None = None
+    probability: npt.NDArray[np.float64] | None = None
 
 
 def read_rois(store: EmbeddingStore, subject: str) -> SubjectRois:
@@ -46,4 +50,4 @@ def read_rois(store: EmbeddingStore, subject: str) -> SubjectRois:
         covariance_mm2=arrays["covariance_mm2"],
         n_slices=geometry.shape[0],
     )
-    return SubjectRois(rois, arrays["roi"], geometry)
+    return SubjectRois(rois, arrays["roi"], geometry, arrays.get("roi_class"), arrays.get("probability"))
