@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
+from pipeline.algorithms.track_support import favour, support
 from pipeline.algorithms.tracks import TrackConfig, link
 
 ROUND = (9.0, 0.0, 9.0)
@@ -53,3 +55,21 @@ def test_tracks_hold_one_roi_of_a_slice_and_are_numbered_by_their_first() -> Non
 
 def test_no_roi_is_no_track() -> None:
     assert _link([]) == []
+
+
+def test_the_rest_of_a_track_decides_where_one_slice_is_in_doubt() -> None:
+    # moving ROIs 0, 1, 2 and fixed ROIs 0, 1, 2 are a track each; fixed ROI 3 is a stray that looks better in slice 2
+    moving, fixed = np.array([0, 0, 0], np.int32), np.array([0, 0, 0, 1], np.int32)
+    i, j = np.array([0, 1, 2, 2]), np.array([0, 1, 2, 3])
+    score = np.array([0.8, 0.8, 0.7, 0.75], np.float32)
+    np.testing.assert_allclose(support(i, j, score, moving, fixed), [1.6 / 3] * 3 + [0], rtol=1e-6)
+    voted = favour(i, j, score, moving, fixed, 0.3)
+    assert voted[2] > voted[3]
+    np.testing.assert_array_equal(favour(i, j, score, None, None, 0.0), score)
+    assert len(favour(i[:0], j[:0], score[:0], moving, fixed, 0.3)) == 0
+
+
+def test_votes_without_tracks_are_refused() -> None:
+    nothing = np.zeros(0, np.int64)
+    with pytest.raises(ValueError, match=r"track_support is 0.3, which needs the tracks"):
+        favour(nothing, nothing, np.zeros(0, np.float32), None, None, 0.3)
