@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from pipeline import cli_demo, cli_report, cli_sweep, cli_weights
+from pipeline import cli_cohort, cli_demo, cli_report, cli_sweep, cli_weights
 
 if TYPE_CHECKING:
     from pipeline.config import StudyConfig
@@ -33,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-cohort_app = typer.Typer(help="Make cohort manifests.", no_args_is_help=True)
+cohort_app = typer.Typer(help="Make cohort manifests; find what subjects share.", no_args_is_help=True)
 config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
 app.add_typer(cohort_app, name="cohort")
 app.add_typer(config_app, name="config")
@@ -44,7 +44,7 @@ ConfigPath = Annotated[Path | None, typer.Argument(help="YAML configuration; def
 CohortOption = Annotated[Path, typer.Option("--cohort", help="Cohort manifest, CSV or Parquet.")]
 PairsOption = Annotated[
     str | None,
-    typer.Option("--pairs", help="Pairs file, CSV or Parquet; or one of all, star, intra, knn."),
+    typer.Option("--pairs", help="Pairs file, CSV or Parquet; or one of all, star, intra, knn, tree."),
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")
@@ -233,6 +233,7 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 _mount(cli_report.report)
 _mount(cli_sweep.sweep)
 _mount(cli_demo.demo)
+_mount(cli_cohort.rois, cohort_app)
 _mount(cli_weights.list_weights, weights_app, "list")
 for _command in (cli_weights.fetch, cli_weights.identify, cli_weights.verify, cli_weights.probe):
     _mount(_command, weights_app)

@@ -13,6 +13,7 @@ _MEANING = {
     "metrics": "one row per pair and label",
     "correspondences": "one row per matched ROI pair",
     "rois": "one row per ROI of a subject",
+    "cohort_rois": "after `samreg cohort rois`, one row per track that was found in another subject",
     "failures": "one row per unit of work that failed in the latest run",
     "runs": "one row per run and stage",
 }

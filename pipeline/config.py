@@ -26,6 +26,7 @@ from pipeline.algorithms.fit_config import FitConfig
 from pipeline.algorithms.matching import MatchConfig
 from pipeline.algorithms.prototypes import PrototypeConfig
 from pipeline.algorithms.rois import RoiConfig
+from pipeline.algorithms.tracks import TrackConfig
 from pipeline.errors import UsageError
 from pipeline.execution import ExecutionConfig
 from pipeline.pairs import PairsConfig
@@ -54,6 +55,8 @@ class StudyConfig(BaseModel):
     """Which candidate ROIs are kept."""
     prototypes: PrototypeConfig = PrototypeConfig()
     """How features are pooled over a ROI."""
+    tracks: TrackConfig = TrackConfig()
+    """How the ROIs of neighbouring slices are linked."""
     match: MatchConfig = MatchConfig()
     """How ROIs are paired."""
     fit: FitConfig = FitConfig()

@@ -2,7 +2,7 @@
 
 study/
   embeddings.zarr       features, ROI masks and prototypes of each subject
-  rois/ correspondences/ metrics/ failures/ runs/    Parquet
+  rois/ correspondences/ metrics/ failures/ runs/    Parquet; cohort_rois/ after `samreg cohort rois`
   transforms/           one ITK displacement field per pair
   sweeps/               one folder per `samreg sweep`
   run.yaml              resolved configuration, versions, digests

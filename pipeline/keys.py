@@ -1,7 +1,7 @@
 """Keys: what a stored result depends on, so that a re-run redoes exactly what a change touches.
 
     encode      image bytes (and those of the segmentation that the ROIs come from), input settings, segmenter signature
-    prototypes  encode key, ROI and pooling settings
+    prototypes  encode key, ROI, pooling and track settings
     match       both prototype keys, matching settings, the names in the rows
     fit         match key, fit settings, bytes of the labels and landmarks it is evaluated against, evaluation settings
 
@@ -20,7 +20,7 @@ from pipeline.inputs import InputDigests
 from storage.cohort import Pair
 from storage.signature import digest
 
-VERSIONS = {"encode": 1, "prototypes": 2, "match": 2, "fit": 1}
+VERSIONS = {"encode": 1, "prototypes": 3, "match": 2, "fit": 1}
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ def encoded_keys(config: StudyConfig, encode_signature: dict[str, Any]) -> Subje
             "encode": encode,
             "rois": dataclasses.asdict(config.rois),
             "prototypes": dataclasses.asdict(config.prototypes),
+            "tracks": dataclasses.asdict(config.tracks),
             "version": VERSIONS["prototypes"],
         }
     )

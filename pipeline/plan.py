@@ -11,7 +11,7 @@ from typing import TypeAlias
 from actors.sam_variants import VARIANTS
 from pipeline.dispatch import RAY_START_SECONDS
 from pipeline.folder import StudyFolder
-from pipeline.pairs import choose_pairs
+from pipeline.pairs import count_pairs
 from pipeline.process import own_cores
 from pipeline.request import Request
 from storage import tables
@@ -154,10 +154,7 @@ def _mean(values: Sequence[float]) -> float:
 def _count_pairs(request: Request) -> int:
     if request.pairs is not None:
         return len(request.pairs)
-    pairs = request.config.pairs
-    if pairs.mode == "knn":
-        return len(request.cohort.subjects) * min(pairs.k, len(request.cohort.subjects) - 1)
-    return len(choose_pairs(pairs, request.cohort))
+    return count_pairs(request.config.pairs, request.cohort)
 
 
 def _literal_encodes(depth: int) -> int:

@@ -29,6 +29,7 @@ DICE = {
     "affine": "dice_affine",
     "after": "dice",
 }
+TABLES = ("metrics", "correspondences", "failures", "rois", "runs")
 TRE_STAGES = {"before": "_before", "affine": "_affine", "after": ""}
 
 
@@ -136,7 +137,7 @@ def read_report_data(study: str | Path, cohort: str | Path | None = None) -> Rep
     root = Path(study)
     status = read_status(root)
     folder = StudyFolder(root)
-    stored = {name: tables.read_table(root, name) for name in tables.SCHEMAS}
+    stored = {name: tables.read_table(root, name) for name in TABLES}
     return ReportData(root, folder.read_run() or {}, status, subjects=_read_subjects(folder, cohort), **stored)
 
 

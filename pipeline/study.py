@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.build import finds_classes, reads_segmentations, segmenter_signature
-from pipeline import record
+from pipeline import cohort_rois, record
 from pipeline.config import StudyConfig
 from pipeline.dispatch import DISK_FULL, Failure, RayExecutor, SerialExecutor, Task, open_executor
 from pipeline.errors import StudyError
@@ -25,7 +25,7 @@ from pipeline.folder import StudyFolder
 from pipeline.inputs import DigestCache, InputDigests, digest_inputs
 from pipeline.keys import SubjectKeys, plan_pairs, subject_keys
 from pipeline.pair_stages import run_pairs
-from pipeline.pairs import PairsError, choose_pairs, nearest_pairs
+from pipeline.pairs import PairsError, choose_pairs, similar_pairs
 from pipeline.progress import Reporter
 from pipeline.stages import encode, prototypes
 from storage.cohort import Cohort, Pair
@@ -123,9 +123,11 @@ class Study:
     def run(self, pairs: Sequence[Pair] | None, unknown: Sequence[UnknownPair], overwrite: bool) -> StudySummary:
         """Every stage, in order."""
         start = time.time()
-        if pairs is None and self.config.pairs.mode == "knn" and finds_classes(self.config.segmenter):
-            raise PairsError("pairs 'knn' compares prototypes, which class ROIs do not have; choose other pairs")
-        if pairs is None and self.config.pairs.mode != "knn":
+        if pairs is None and self.config.pairs.by_similarity and finds_classes(self.config.segmenter):
+            raise PairsError(
+                f"pairs {self.config.pairs.mode!r} compare prototypes, which class ROIs do not have; choose others"
+            )
+        if pairs is None:
             pairs = choose_pairs(self.config.pairs, self.cohort)
         segmenter = segmenter_signature(self.config.segmenter)
         record.check_settings(self.folder, self.config, segmenter, overwrite)
@@ -136,10 +138,12 @@ class Study:
             self._plan(pairs, inputs, keys)
             self._encode(keys)
             self.pool(keys)
-            chosen = pairs if pairs is not None else self.nearest()
+            chosen = pairs if pairs is not None else self.similar()
             planned = self._plan(chosen, inputs, keys)
             self.record_unknown(unknown)
             run_pairs(self, chosen, planned)
+            if cohort_rois.remove_stale(self.folder.root):
+                LOG.warning("the matches have changed: run samreg cohort rois %s again", self.folder.root)
         finally:
             self.write_failures()
         seconds = time.time() - start
@@ -225,11 +229,10 @@ class Study:
         self.failures.add_subject(stage, subject, failure)
         LOG.warning("%s: %s failed: %s", stage, subject, failure.message)
 
-    def nearest(self) -> tuple[Pair, ...]:
-        """The pairs of `pairs: knn`."""
+    def similar(self) -> tuple[Pair, ...]:
+        """Pairs chosen by what the subjects that could be encoded look like."""
         good = [name for name in self.subjects if name not in self.failures.subjects]
-        descriptors = {name: prototypes.mean_prototype(self.store, name) for name in good}
-        return nearest_pairs(self.config.pairs, descriptors)
+        return similar_pairs(self.config.pairs, good, prototypes.similarity(self.store, good))
 
     def record_unknown(self, unknown: Sequence[UnknownPair]) -> None:
         """Record the pairs of a file that name a subject outside the cohort as failures."""

@@ -193,7 +193,7 @@ class Sweep:
         signature = self.store.signature(subject.subject)
         if signature is None:
             raise NotEncodedError("it has no embeddings; a sweep never encodes, so finish the study with samreg run")
-        made_with = {name: value for name, value in signature.items() if name != "image"}
+        made_with = {name: value for name, value in signature.items() if name not in ("image", "segmentation")}
         check_signature(f"embedding of subject {subject.subject!r}", made_with, self.encoded_with)
         self.signatures[subject.subject] = signature
         return str(signature["image"])
@@ -202,11 +202,12 @@ class Sweep:
         config, cohort, pairs = self.request.config, self.request.cohort, self.request.pairs
         if pairs is not None:
             return pairs
-        if config.pairs.mode != "knn":
-            return choose_pairs(config.pairs, cohort)
+        chosen = choose_pairs(config.pairs, cohort)
+        if chosen is not None:
+            return chosen
         study = Study(config, cohort, self.study, self.executor, self.reporter)
         self._pool(study, self.study)
-        return study.nearest()
+        return study.similar()
 
     def _run_combination(self, combination: Combination) -> Study:
         config, cohort = combination.config, self.request.cohort

@@ -42,6 +42,7 @@ ROIS = _schema(
         ("subject", _TEXT, "", "subject name of the manifest"),
         ("roi", _INT, "", "row of the ROI in the embedding store, from 0"),
         ("slice", _INT, "voxel", "slice index along the analysis slice axis, from 0"),
+        ("track", _INT, "", "number of the subject's track, a chain of ROIs through neighbouring slices, from 0"),
         ("area_px", _INT, "px", "pixels of the mask"),
         ("area_mm2", _MEASURE, _AREA_UNIT, "area of the mask"),
         ("area_fraction", _MEASURE, "1", "area of the mask over area of the slice"),
@@ -86,6 +87,28 @@ CORRESPONDENCES = _schema(
         ("moving_area_mm2", _MEASURE, _AREA_UNIT, "area of the moving ROI"),
         ("fixed_area_mm2", _MEASURE, _AREA_UNIT, "area of the fixed ROI"),
         *_KEY,
+    ]
+)
+
+COHORT_ROIS = _schema(
+    [
+        ("subject", _TEXT, "", "subject name of the manifest"),
+        ("track", _INT, "", "track of the subject, as in `rois`"),
+        (
+            "cohort_roi",
+            _INT,
+            "",
+            "the structure that it shows, numbered over the whole cohort from the most frequent",
+        ),
+        ("n_subjects", _INT, "", "subjects that have this cohort ROI"),
+        ("frequency", _SCORE, "1", "share of the subjects that have it"),
+        ("n_matches", _INT, "", "other subjects to which a match leads from this track"),
+        ("support", _INT, "", "those of them where it leads to the same cohort ROI"),
+        ("first_slice", _INT, "voxel", "first slice of the track"),
+        ("last_slice", _INT, "voxel", "last slice of the track"),
+        ("n_rois", _INT, "", "ROIs of the track"),
+        *_zyx("centroid", "mm", _DATA_UNIT, "centroid of the track in the image's local frame"),
+        ("key", _TEXT, "", "digest of the matches that it was made from"),
     ]
 )
 
@@ -191,6 +214,7 @@ RUNS = _schema(
 SCHEMAS = {
     "rois": ROIS,
     "correspondences": CORRESPONDENCES,
+    "cohort_rois": COHORT_ROIS,
     "metrics": METRICS,
     "failures": FAILURES,
     "runs": RUNS,

@@ -63,10 +63,17 @@ def _encode(folder: StudyFolder, subject: Subject) -> list[tuple[int, int]]:
             ones = np.ones(len(values))
             writer.add_slice(z, np.zeros((2, 4, 4)), masks, ones, ones)
             rois += [(z, v) for v in values]
-    rows = [{"subject": subject.subject, "roi": i, "slice": z} for i, (z, _) in enumerate(rois)]
+    rows = [
+        {"subject": subject.subject, "roi": i, "track": i, "slice": z, "area_mm2": 1.0, **_nowhere()}
+        for i, (z, _) in enumerate(rois)
+    ]
     tables.write_part(folder.root, "rois", subject_key(subject.subject), tables.table_from_rows("rois", rows))
     store.write_prototypes(subject.subject, {"p": 1}, {"roi": np.arange(len(rois))})
     return rois
+
+
+def _nowhere() -> dict[str, float]:
+    return {f"centroid_{axis}_mm": 0.0 for axis in "zyx"}
 
 
 def _write_rows(folder: StudyFolder, moving: Subject, fixed: Subject, rois: dict[str, Any], quality: float) -> None:

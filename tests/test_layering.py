@@ -11,7 +11,19 @@ REPO = Path(__file__).resolve().parents[1]
 OURS = ("storage", "actors", "pipeline")
 MAY_IMPORT = {"storage": {"storage"}, "actors": {"storage", "actors"}, "pipeline": set(OURS)}
 RAY_FILES = {"actors/pool.py", "pipeline/dispatch.py"}
-PURE = {"numpy", "scipy", "torch", "math", "dataclasses", "typing", "collections", "functools", "itertools", "time"}
+PURE = {
+    "numpy",
+    "scipy",
+    "torch",
+    "math",
+    "dataclasses",
+    "typing",
+    "collections",
+    "functools",
+    "itertools",
+    "time",
+    "heapq",
+}
 FILES = sorted(path for package in OURS for path in (REPO / package).rglob("*.py"))
 
 

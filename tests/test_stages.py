@@ -12,9 +12,10 @@ from pipeline import results
 from pipeline.algorithms.ddf import FitResult
 from pipeline.algorithms.prototypes import PrototypeConfig
 from pipeline.algorithms.rois import RoiConfig
+from pipeline.algorithms.tracks import TrackConfig
 from pipeline.algorithms.warp import affine_ddf
 from pipeline.stages.evaluate import Reference, evaluate
-from pipeline.stages.prototypes import NoRoiError, PrototypeUnit, mean_prototype, run_unit
+from pipeline.stages.prototypes import NoRoiError, PrototypeUnit, run_unit
 from pipeline.stages.roi_sets import read_rois
 from storage import tables
 from storage.embeddings import EmbeddingStore
@@ -114,7 +115,7 @@ def _store(root: Path, areas: list[int]) -> EmbeddingStore:
 def test_pooling_writes_rows_and_prototypes_of_the_kept_rois(tmp_path: Path) -> None:
     store = _store(tmp_path, [4, 15, 8])
     config = RoiConfig(min_area=10, max_area=100, area_unit="px")
-    done = run_unit(tmp_path, store, config, PrototypeConfig(), PrototypeUnit("s", {"p": 1}, "key"))
+    done = run_unit(tmp_path, store, config, PrototypeConfig(), TrackConfig(), PrototypeUnit("s", {"p": 1}, "key"))
     assert done.n_rois == 2
     rows = tables.read_table(tmp_path, "rois").to_pylist()
     assert [(row["roi"], row["area_px"], row["slice"]) for row in rows] == [(0, 16, 1), (2, 64, 1)]
@@ -123,7 +124,8 @@ def test_pooling_writes_rows_and_prototypes_of_the_kept_rois(tmp_path: Path) -> 
     found = read_rois(store, "s")
     np.testing.assert_array_equal(found.roi, [0, 2])
     np.testing.assert_allclose(np.linalg.norm(found.rois.prototypes, axis=1), 1.0, rtol=1e-6)
-    np.testing.assert_allclose(mean_prototype(store, "s"), [1 / np.sqrt(5), 2 / np.sqrt(5)], rtol=1e-5)
+    np.testing.assert_allclose(found.rois.prototypes, [[1 / np.sqrt(5), 2 / np.sqrt(5)]] * 2, rtol=1e-5)
+    assert [row["track"] for row in rows] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -133,7 +135,7 @@ def test_a_subject_without_rois_says_why(tmp_path: Path, areas: list[int], messa
     store = _store(tmp_path, areas)
     config = RoiConfig(min_area=10, max_area=100, area_unit="px")
     with pytest.raises(NoRoiError, match=message):
-        run_unit(tmp_path, store, config, PrototypeConfig(), PrototypeUnit("s", {}, "key"))
+        run_unit(tmp_path, store, config, PrototypeConfig(), TrackConfig(), PrototypeUnit("s", {}, "key"))
 
 
 def _metric_rows(*pairs: tuple[str, str]) -> list[dict[str, object]]:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 
+from pipeline.cohort_rois import write_cohort_rois
 from pipeline.config import make_config
 from pipeline.errors import StudyError
 from pipeline.folder import FolderError, StudyFolder
@@ -234,12 +235,30 @@ def test_a_lock_left_on_another_machine_is_not_taken(study: Path, cohort: Path) 
         _run(cohort, study)
 
 
-def test_knn_pairs_are_chosen_from_prototypes(study: Path, cohort: Path) -> None:
-    counts = _counts(_run(cohort, study, pairs={"mode": "knn", "k": 1}))
-    assert counts["fit"] == (0, 3, 0)
+@pytest.mark.parametrize(
+    ("pairs", "count"),
+    [({"mode": "knn", "k": 1}, 3), ({"mode": "star", "reference": "medoid"}, 2), ({"mode": "tree", "extra": 0}, 2)],
+)
+def test_pairs_are_chosen_from_prototypes(study: Path, cohort: Path, pairs: dict[str, Any], count: int) -> None:
+    counts = _counts(_run(cohort, study, pairs=pairs))
+    assert counts["fit"] == (0, count, 0)
     assert json.loads((study / "plan.json").read_text())["pairs"].keys() == set(
         tables.read_table(study, "metrics").column("pair").to_pylist()
     )
+
+
+def test_cohort_rois_last_as_long_as_their_matches(study: Path, cohort: Path) -> None:
+    assert write_cohort_rois(study, 1.0).tracks > 0
+    rows = tables.read_table(study, "cohort_rois").to_pylist()
+    _run(cohort, study)
+    assert tables.read_table(study, "cohort_rois").to_pylist() == rows
+    _run(cohort, study, match={"epsilon": 0.8})
+    assert tables.read_table(study, "cohort_rois").num_rows == 0
+
+
+def test_matching_with_the_votes_of_tracks(study: Path, cohort: Path) -> None:
+    assert _run(cohort, study, match={"spatial": {"track_support": 0.3}}).n_failures == 0
+    assert read_status(study).complete
 
 
 def test_impossible_pairs_leave_no_folder_half_made(cohort: Path, tmp_path: Path) -> None:

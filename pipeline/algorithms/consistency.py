@@ -18,6 +18,7 @@ import numpy.typing as npt
 from pipeline.algorithms import ellipses
 from pipeline.algorithms.affine import Affine, consensus_affine, middle_value, robust_affine
 from pipeline.algorithms.selection import best_of_each
+from pipeline.algorithms.track_support import Track, favour
 
 Array = npt.NDArray[np.float64]
 Float = npt.NDArray[np.float32]
@@ -43,6 +44,7 @@ class SpatialConfig:
         reach: how far pairs inform the local map, as a share of the spread of the fixed ROIs.
         second: least score of the second partner that `one_to_one: hybrid` allows.
         prior_mm: see `pipeline.algorithms.affine.ridge_affine`.
+        track_support: weight of the tracks' votes in the last selection, see `pipeline.algorithms.track_support`.
     """
 
     enabled: bool = True
@@ -56,19 +58,26 @@ class SpatialConfig:
     reach: float = 0.35
     second: float = 0.7
     prior_mm: float = 20.0
+    track_support: float = 0.0
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where ROIs lie in the fixed frame: centroid_mm float64 [N, 3], covariance_mm2 float64 [N, 3] (yy, yx, xx)."""
+    """Where ROIs lie in the fixed frame.
+
+    Attributes:
+        centroid_mm: float64 [N, 3]. covariance_mm2: float64 [N, 3] (yy, yx, xx).
+        track: int32 [N], the track that each belongs to; None where `track_support` is 0.
+    """
 
     centroid_mm: Array
     covariance_mm2: Array
+    track: Track | None = None
 
     def moved(self, matrix: Affine) -> Places:
         """The ROIs under a 4x4 map."""
         centroid = self.centroid_mm @ matrix[:3, :3].T + matrix[:3, 3]
-        return Places(centroid, ellipses.transform(self.covariance_mm2, matrix[1:3, 1:3]))
+        return Places(centroid, ellipses.transform(self.covariance_mm2, matrix[1:3, 1:3]), self.track)
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,8 @@ def consistent_pairs(
     affine = consensus_affine(here[j[first]], there[i[first]], score[first].astype(np.float64), config.prior_mm)
     carried = fixed.moved(affine)
     ci, cj, alike = _gated(candidates, carried, moving, config)
-    for round_number in range(config.affine_rounds + config.local_rounds):
+    rounds = config.affine_rounds + config.local_rounds
+    for round_number in range(rounds):
         if round_number:
             weight = score.astype(np.float64)
             affine = robust_affine(here[j], there[i], weight**2, config.prior_mm, iterations=3)
@@ -117,7 +127,9 @@ def consistent_pairs(
             carried = Places(carried.centroid_mm + shift, carried.covariance_mm2)
         joint = _joint_score(alike, _overlap(carried, moving, ci, cj, config, in_depth=round_number > 0), config)
         near = np.flatnonzero(joint)
-        best = near[select(ci[near], cj[near], joint[near])]
+        voted = config.track_support if round_number == rounds - 1 else 0.0
+        wanted = favour(ci[near], cj[near], joint[near], moving.track, fixed.track, voted)
+        best = near[select(ci[near], cj[near], wanted)]
         i, j, score = ci[best], cj[best], joint[best]
         if len(i) < 3:
             return i, j, score

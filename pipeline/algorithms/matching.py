@@ -73,6 +73,7 @@ class RoiSet:
         area_mm2: float64 [N].
         covariance_mm2: float64 [N, 3] (yy, yx, xx).
         n_slices: slices of the image.
+        track: int32 [N], see `pipeline.algorithms.tracks.link`; None where `track_support` is not used.
     """
 
     prototypes: Float
@@ -81,6 +82,7 @@ class RoiSet:
     area_mm2: npt.NDArray[np.float64]
     covariance_mm2: npt.NDArray[np.float64]
     n_slices: int
+    track: npt.NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,8 @@ def match(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchC
     i, j, score = i[chosen], j[chosen], score[chosen]
     if config.spatial.enabled and len(i) >= 3:
         wide = slice_window(moving, fixed, moving_to_fixed, config, config.spatial.widening)
-        here = Places(fixed.centroid_mm, fixed.covariance_mm2)
-        there = Places(moving.centroid_mm, moving.covariance_mm2).moved(moving_to_fixed)
+        here = Places(fixed.centroid_mm, fixed.covariance_mm2, fixed.track)
+        there = Places(moving.centroid_mm, moving.covariance_mm2, moving.track).moved(moving_to_fixed)
         alike = Candidates(np.where(wide, similarity, 0), max(epsilon - config.spatial.slack, 0.0))
         i, j, score = consistent_pairs(
             (i, j, score),

@@ -1,4 +1,4 @@
-"""Prototypes: filter the candidate ROIs of a subject and pool its features over them, one subject per unit.
+"""Prototypes: filter the ROIs of a subject, pool its features over them and link them to tracks, a subject per unit.
 
 Reads the embedding store only, so filters and pooling can change without encoding again. The class ROIs of Case 1 are
 what the user's segmentation says: none is filtered out, and none has a prototype.
@@ -6,7 +6,7 @@ what the user's segmentation says: none is filtered out, and none has a prototyp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.algorithms import descriptors
 from pipeline.algorithms.class_rois import merge_slices
 from pipeline.algorithms.prototypes import PrototypeConfig, pool
 from pipeline.algorithms.rois import RoiConfig, filter_rois, moments
+from pipeline.algorithms.tracks import TrackConfig, link
 from pipeline.config import StudyConfig
 from pipeline.dispatch import Task
 from pipeline.keys import SubjectKeys
@@ -65,19 +67,22 @@ def plan(root: Path, store: EmbeddingStore, keys: Mapping[str, SubjectKeys]) -> 
 
 def task(config: StudyConfig, root: Path, store: EmbeddingStore) -> Task:
     """The task of pooling, for `pipeline.dispatch`."""
-    return Task("prototypes", partial(_build, config.rois, config.prototypes, root, store))
+    return Task("prototypes", partial(_build, config, root, store))
 
 
-def _build(
-    rois: RoiConfig, prototypes: PrototypeConfig, root: Path, store: EmbeddingStore, device: str
-) -> Callable[[PrototypeUnit], Pooled]:
-    return partial(run_unit, root, store, rois, prototypes)
+def _build(config: StudyConfig, root: Path, store: EmbeddingStore, device: str) -> Callable[[PrototypeUnit], Pooled]:
+    return partial(run_unit, root, store, config.rois, config.prototypes, config.tracks)
 
 
 def run_unit(
-    root: Path, store: EmbeddingStore, rois: RoiConfig, config: PrototypeConfig, unit: PrototypeUnit
+    root: Path,
+    store: EmbeddingStore,
+    rois: RoiConfig,
+    config: PrototypeConfig,
+    tracks: TrackConfig,
+    unit: PrototypeUnit,
 ) -> Pooled:
-    """Filter and pool one subject: its ROI rows first, its prototypes, which mark it done, last.
+    """Filter, pool and link one subject: its ROI rows first, its prototypes, which mark it done, last.
 
     Raises:
         NoRoiError: saying how many candidates there were and what took them away.
@@ -90,13 +95,18 @@ def run_unit(
         chosen, pooled = _pool_slices(embedding, rois, config)
     if not len(chosen):
         raise NoRoiError(_why_none(embedding))
-    columns = moments(embedding.masks(chosen), embedding.roi_slice[chosen], embedding.geometry.spacing_mm)
+    roi_slice = embedding.roi_slice[chosen]
+    columns = moments(embedding.masks(chosen), roi_slice, embedding.geometry.spacing_mm)
+    if classes:
+        columns["track"] = np.unique(embedding.roi_class, return_inverse=True)[1].astype(np.int32)
+    else:
+        columns["track"] = link(roi_slice, columns["centroid_mm"], columns["covariance_mm2"], pooled, tracks)
     rows = _roi_rows(unit, embedding, chosen, columns)
     tables.write_part(root, "rois", subject_key(unit.subject), tables.table_from_rows("rois", rows))
     if classes:
         arrays = _class_arrays(embedding, columns)
     else:
-        arrays = {"prototypes": pooled, "roi": chosen.astype(np.int32), **_match_arrays(embedding, chosen, columns)}
+        arrays = {"prototypes": pooled, "roi": chosen.astype(np.int32), **_match_arrays(roi_slice, columns)}
     store.write_prototypes(unit.subject, unit.signature, arrays)
     return Pooled(unit.subject, len(chosen))
 
@@ -139,11 +149,17 @@ def remove_stale(root: Path, subjects: Iterable[str], failed: Iterable[str]) -> 
             tables.remove_part(root, "rois", part)
 
 
-def mean_prototype(store: EmbeddingStore, subject: str) -> npt.NDArray[np.float64]:
-    """Mean prototype of a subject, [C]: what `pairs: knn` compares."""
+def similarity(store: EmbeddingStore, subjects: Sequence[str]) -> npt.NDArray[np.float64]:
+    """How alike subjects with prototypes are, [N, N]: what `pairs: knn` and its like choose by."""
+    if not subjects:
+        return np.zeros((0, 0))
+    return descriptors.similarity(np.stack([_descriptor(store, subject) for subject in subjects]))
+
+
+def _descriptor(store: EmbeddingStore, subject: str) -> npt.NDArray[np.float64]:
     found = store.read_prototypes(subject)
     assert found is not None
-    return np.asarray(found[1]["prototypes"].mean(axis=0, dtype=np.float64))
+    return descriptors.describe(found[1]["prototypes"])
 
 
 def _roi_rows(
@@ -159,6 +175,7 @@ def _roi_rows(
             "subject": unit.subject,
             "roi": int(row),
             "slice": int(embedding.roi_slice[row]),
+            "track": int(columns["track"][n]),
             "area_px": int(columns["area_px"][n]),
             "area_mm2": float(columns["area_mm2"][n]),
             "area_fraction": float(columns["area_px"][n]) / pixels,
@@ -175,23 +192,22 @@ def _roi_rows(
 
 
 def _match_arrays(
-    embedding: SubjectEmbedding, chosen: npt.NDArray[np.int64], columns: Mapping[str, npt.NDArray[Any]]
+    roi_slice: npt.NDArray[np.int32], columns: Mapping[str, npt.NDArray[Any]]
 ) -> dict[str, npt.NDArray[Any]]:
     return {
-        "slice": embedding.roi_slice[chosen],
-        "centroid_mm": columns["centroid_mm"],
-        "area_mm2": columns["area_mm2"],
-        "covariance_mm2": columns["covariance_mm2"],
+        "slice": roi_slice,
+        **{name: columns[name] for name in ("centroid_mm", "area_mm2", "covariance_mm2", "track")},
     }
 
 
 def _class_arrays(embedding: SubjectEmbedding, columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
     """The classes as ROIs, each standing on the slice in which it is largest."""
     found = merge_slices(embedding.roi_class, embedding.quality, columns["centroid_mm"], columns["area_px"])
+    largest = found.largest
     return {
         "prototypes": np.zeros((len(found.value), 0), np.float32),
-        "roi": found.largest.astype(np.int32),
-        **_match_arrays(embedding, found.largest, {name: values[found.largest] for name, values in columns.items()}),
+        "roi": largest.astype(np.int32),
+        **_match_arrays(embedding.roi_slice[largest], {name: values[largest] for name, values in columns.items()}),
         "centroid_mm": found.centroid_mm,
         "roi_class": found.value,
         "probability": found.probability,

@@ -49,5 +49,6 @@ def read_rois(store: EmbeddingStore, subject: str) -> SubjectRois:
         area_mm2=arrays["area_mm2"],
         covariance_mm2=arrays["covariance_mm2"],
         n_slices=geometry.shape[0],
+        track=arrays["track"],
     )
     return SubjectRois(rois, arrays["roi"], geometry, arrays.get("roi_class"), arrays.get("probability"))
