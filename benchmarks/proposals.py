@@ -3,8 +3,8 @@
 Run: python benchmarks/proposals.py [--data ../shared/data] [--before CHECKOUT] [--fit] [SETTING=VALUE ...]
 Prints a Markdown table. Recall is that of an oracle: the best IoU of any ROI with each label in each slice, averaged,
 and the share above .5 and .7. Seconds are processor seconds to encode and segment a slice, also scaled by pixels to
-256 x 256 where slices are of that order. --before runs another checkout of this project on the same images; --fit adds the mean Dice of
-registration (see accuracy.py).
+256 x 256 where slices are of that order. --before runs another checkout of this project on the same images; --fit
+adds the mean Dice of registration (see accuracy.py).
 """
 
 from __future__ import annotations
