@@ -118,3 +118,16 @@ def test_a_slice_without_rois() -> None:
     values, valid = pool(np.ones((3, 4, 4), np.float32), nothing, (4, 4), layout, PrototypeConfig())
     assert values.shape[0] == valid.shape[0] == 0
     assert moments(nothing, np.zeros(0, np.int32), SPACING)["centroid_mm"].shape == (0, 3)
+
+
+def test_surroundings_tell_apart_what_looks_alike() -> None:
+    bright = np.zeros((20, 20), np.float32)
+    bright[:, 10:] = 1
+    features = np.stack([1 - bright, bright])
+    layout = {"blocks": [["intensity", 0, 2, 1.0]], "surround": 1.0}
+    stack = masks((5, 1, 8, 4), (12, 1, 15, 4), (5, 7, 8, 10))
+    near, _ = pool(features, stack, (20, 20), layout, PrototypeConfig())
+    without, _ = pool(features, stack, (20, 20), layout, PrototypeConfig(surround=0.0))
+    np.testing.assert_allclose(without @ without.T, 1, atol=1e-6)
+    assert (near @ near.T)[0, 1] > 0.95
+    assert (near @ near.T)[0, 2] < 0.9
