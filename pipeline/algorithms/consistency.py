@@ -43,6 +43,8 @@ class SpatialConfig:
         affine_rounds, local_rounds: selections under the affine and under the local map.
         reach: how far pairs inform the local map, as a share of the spread of the fixed ROIs.
         second: least score of the second partner that `one_to_one: hybrid` allows.
+        calibration: constant, similarity and root of overlap in the logit of `confidence`. The defaults were fitted to
+            hearts of other subjects with the default segmenter; `benchmarks/matching_quality.py` shows how far they hold.
         prior_mm: see `pipeline.algorithms.affine.ridge_affine`.
         track_support: weight of the tracks' votes in the last selection, see `pipeline.algorithms.track_support`.
     """
@@ -57,7 +59,13 @@ class SpatialConfig:
     local_rounds: int = 2
     reach: float = 0.35
     second: float = 0.7
+    calibration: tuple[float, float, float] = (-5.8, 2.3, 6.1)
     prior_mm: float = 20.0
+
+    def __post_init__(self) -> None:
+        if self.affine_rounds + self.local_rounds < 1:
+            raise ValueError("match.spatial.affine_rounds and local_rounds are 0; at least one selection is needed")
+
     track_support: float = 0.0
 
 
@@ -96,7 +104,7 @@ def consistent_pairs(
     select: Select,
     config: SpatialConfig,
     more: bool,
-) -> Pairs:
+) -> tuple[Index, Index, Float, Float]:
     """Select again under a map estimated from the seeds.
 
     Args:
@@ -108,7 +116,7 @@ def consistent_pairs(
         more: whether ROIs left over get a partner that has one already.
 
     Returns:
-        Moving index, fixed index and score 0..1 of the pairs.
+        Moving index, fixed index, score 0..1 and `confidence` of the pairs.
     """
     i, j, score = seeds
     here, there = fixed.centroid_mm, moving.centroid_mm
@@ -125,17 +133,25 @@ def consistent_pairs(
         if round_number >= config.affine_rounds:
             shift = _local_shift(here, j, there[i] - carried.centroid_mm[j], weight, config.reach)
             carried = Places(carried.centroid_mm + shift, carried.covariance_mm2)
-        joint = _joint_score(alike, _overlap(carried, moving, ci, cj, config, in_depth=round_number > 0), config)
+        overlap = _overlap(carried, moving, ci, cj, config, in_depth=round_number > 0)
+        joint = _joint_score(alike, overlap, config)
         near = np.flatnonzero(joint)
         voted = config.track_support if round_number == rounds - 1 else 0.0
         wanted = favour(ci[near], cj[near], joint[near], moving.track, fixed.track, voted)
         best = near[select(ci[near], cj[near], wanted)]
         i, j, score = ci[best], cj[best], joint[best]
         if len(i) < 3:
-            return i, j, score
-    if more:
+            break
+    if more and len(i) >= 3:
         best = np.concatenate([best, _second_partners(ci, cj, joint, best, config.second)])
-    return ci[best], cj[best], joint[best]
+    return ci[best], cj[best], joint[best], confidence(alike[best], overlap[best], config)
+
+
+def confidence(alike: Float, overlap: Float, config: SpatialConfig) -> Float:
+    """How probable it is that a pair shows the same structure: logistic in similarity and root of overlap, 0..1."""
+    base, by_similarity, by_overlap = config.calibration
+    logit = base + by_similarity * alike + by_overlap * np.sqrt(overlap)
+    return np.asarray(1 / (1 + np.exp(-logit)), np.float32)
 
 
 def _gated(candidates: Candidates, carried: Places, moving: Places, config: SpatialConfig) -> Pairs:

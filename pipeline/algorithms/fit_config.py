@@ -53,6 +53,6 @@ class FitConfig:
     affine_prior_mm: float = 20.0
     robust: float = 1.0
     slice_weight: float = 0.05
-    confidence_power: float = 4.0
+    confidence_power: float = 2.0
     points_per_roi: int = 120
     levels: tuple[Level, ...] = field(default=DEFAULT_LEVELS)

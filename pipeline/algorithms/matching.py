@@ -93,7 +93,8 @@ class Matches:
         moving_index, fixed_index: int64 [K] into the two RoiSets.
         similarity: float32 [K], cosine clipped to 0..1 (Eq. 6).
         margin: float32 [K], similarity less that of the moving ROI's best other candidate in the window.
-        confidence: float32 [K], 0..1: the score that the selection used, which also weights the fit.
+        confidence: float32 [K], 0..1, weights the fit: see `pipeline.algorithms.consistency.confidence`; the
+            similarity where `spatial` is off.
     """
 
     moving_index: Index
@@ -121,12 +122,13 @@ def match(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchC
     score = similarity[i, j]
     chosen = _select(i, j, score, moving, config)
     i, j, score = i[chosen], j[chosen], score[chosen]
+    confidence = score
     if config.spatial.enabled and len(i) >= 3:
         wide = slice_window(moving, fixed, moving_to_fixed, config, config.spatial.widening)
         here = Places(fixed.centroid_mm, fixed.covariance_mm2, fixed.track)
         there = Places(moving.centroid_mm, moving.covariance_mm2, moving.track).moved(moving_to_fixed)
         alike = Candidates(np.where(wide, similarity, 0), max(epsilon - config.spatial.slack, 0.0))
-        i, j, score = consistent_pairs(
+        i, j, score, confidence = consistent_pairs(
             (i, j, score),
             alike,
             here,
@@ -137,7 +139,7 @@ def match(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchC
         )
     order = np.lexsort((j, i, -score))
     order = order[_capped(moving.slice[i[order]], config)]
-    return _matches(i[order], j[order], score[order], similarity, window)
+    return _matches(i[order], j[order], confidence[order], similarity, window)
 
 
 def slice_window(
@@ -192,9 +194,9 @@ def _capped(slices: npt.NDArray[np.int32], config: MatchConfig) -> Index:
     return everything[place < config.max_pairs]
 
 
-def _matches(i: Index, j: Index, score: Float, similarity: Float, window: Mask) -> Matches:
+def _matches(i: Index, j: Index, confidence: Float, similarity: Float, window: Mask) -> Matches:
     raw = similarity[i, j]
     others = np.where(window[i], similarity[i], 0)
     others[np.arange(len(i)), j] = 0
     best_other = others.max(axis=1, initial=0)
-    return Matches(i, j, raw, raw - best_other, score.astype(np.float32))
+    return Matches(i, j, raw, raw - best_other, confidence)
