@@ -1,9 +1,9 @@
 """Selecting pairs by similarity together with agreement in space.
 
-The pairs that similarity alone selects are seeds: most of them agree on a robust affine map. Candidates are then
-selected again by similarity and by how well their ellipses overlap under the map, first the affine, then a smooth local
-one estimated from the pairs themselves, so that every round is led by the neighbourhood of a ROI. Stacks of slices
-seldom begin and end at the same anatomy, so the map also says in which slice a partner is expected.
+Pairs that are each other's best by similarity are seeds: enough of them agree on a robust affine map. Candidates are
+then selected again by similarity and by how well their ellipses overlap under the map, first the affine, then a smooth
+local one estimated from the pairs themselves, so that every round is led by the neighbourhood of a ROI. Stacks of
+slices seldom begin and end at the same anatomy, so the map also says in which slice a partner is expected.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Index = npt.NDArray[np.int64]
 Pairs: TypeAlias = tuple[Index, Index, Float]
 Select: TypeAlias = Callable[[Index, Index, Float], Index]
 _SEEDS = 200
-_VOTERS = 250
+_VOTERS = 150
 
 
 @dataclass(frozen=True)
@@ -124,16 +124,17 @@ def consistent_pairs(
     affine = consensus_affine(here[j[first]], there[i[first]], score[first].astype(np.float64), config.prior_mm)
     carried = fixed.moved(affine)
     ci, cj, alike = _gated(candidates, carried, moving, config)
+    place = np.concatenate([there, moving.covariance_mm2], axis=1, dtype=np.float32)[ci]
     rounds = config.affine_rounds + config.local_rounds
     for round_number in range(rounds):
         if round_number:
             weight = score.astype(np.float64)
-            affine = robust_affine(here[j], there[i], weight**2, config.prior_mm, iterations=3)
+            affine = robust_affine(here[j], there[i], weight**2, config.prior_mm, iterations=2)
             carried = fixed.moved(affine)
         if round_number >= config.affine_rounds:
             shift = _local_shift(here, j, there[i] - carried.centroid_mm[j], weight, config.reach)
             carried = Places(carried.centroid_mm + shift, carried.covariance_mm2)
-        overlap = _overlap(carried, moving, ci, cj, config, in_depth=round_number > 0)
+        overlap = _overlap(carried, place, cj, config, in_depth=round_number > 0)
         joint = _joint_score(alike, overlap, config)
         near = np.flatnonzero(joint)
         voted = config.track_support if round_number == rounds - 1 else 0.0
@@ -168,14 +169,17 @@ def _gated(candidates: Candidates, carried: Places, moving: Places, config: Spat
     return i, j, candidates.similarity[i, j]
 
 
-def _overlap(carried: Places, moving: Places, i: Index, j: Index, config: SpatialConfig, in_depth: bool) -> Float:
-    """Overlap of the ellipses in plane, less the farther the slice is from the expected one: [n], 0..1."""
-    centre, spread = (values.astype(np.float32) for values in (carried.centroid_mm, carried.covariance_mm2))
-    place, extent = (values.astype(np.float32) for values in (moving.centroid_mm, moving.covariance_mm2))
-    overlap = ellipses.overlap(place[i, 1:], extent[i], centre[j, 1:], spread[j])
+def _overlap(carried: Places, moving: Float, j: Index, config: SpatialConfig, in_depth: bool) -> Float:
+    """Overlap of the ellipses in plane, less the farther the slice is from the expected one: [n], 0..1.
+
+    Args:
+        moving: float32 [n, 6], centroid and covariance of each candidate's moving ROI.
+    """
+    fixed = np.concatenate([carried.centroid_mm, carried.covariance_mm2], axis=1, dtype=np.float32)[j]
+    overlap = ellipses.overlap(moving[:, 1:3], moving[:, 3:], fixed[:, 1:3], fixed[:, 3:])
     if in_depth and config.depth:
-        sigma = config.depth * max(float(np.ptp(place[:, 0])), 1e-3)
-        overlap = overlap * np.exp(-0.5 * ((place[i, 0] - centre[j, 0]) / sigma) ** 2)
+        sigma = config.depth * max(float(np.ptp(moving[:, 0])), 1e-3)
+        overlap = overlap * np.exp(-0.5 * ((moving[:, 0] - fixed[:, 0]) / sigma) ** 2)
     return np.asarray(overlap, np.float32)
 
 
@@ -213,12 +217,15 @@ def _local_shift(
     x = (here / spread).astype(np.float32)
     gap = ((x**2).sum(1)[:, None] + (x[j] ** 2).sum(1) - 2 * x @ x[j].T).clip(0)
     kernel = np.exp(-0.5 * gap)
-    trust = weight
-    shift = np.zeros_like(here)
-    for _ in range(3):
-        votes = np.column_stack([trust[:, None] * residual, trust]).astype(np.float32)
-        total = kernel @ votes
-        shift = (total[:, :3] / (total[:, 3:] + 1)).astype(np.float64)
-        error = np.linalg.norm(residual - shift[j], axis=1)
+    among, trust = kernel[j], weight
+    for _ in range(2):
+        shift = _kernel_mean(among, residual, trust)
+        error = np.sqrt(((residual - shift) ** 2).sum(axis=1))
         trust = weight / (1 + (error / (2 * middle_value(error) + 1e-3)) ** 2)
-    return shift
+    return _kernel_mean(kernel, residual, trust)
+
+
+def _kernel_mean(kernel: Float, values: Array, weight: Array) -> Array:
+    """Weighted mean of `values` under a kernel [N, V], shrunk to zero where little weight is near: [N, 3]."""
+    total = kernel @ np.column_stack([weight[:, None] * values, weight]).astype(np.float32)
+    return (total[:, :3] / (total[:, 3:] + 1)).astype(np.float64)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from pipeline.algorithms.affine import Affine
 from pipeline.algorithms.consistency import Candidates, Places, SpatialConfig, consistent_pairs
-from pipeline.algorithms.selection import Rule, one_to_one
+from pipeline.algorithms.selection import Rule, mutual_best, one_to_one
 from pipeline.algorithms.similarity import Kind, calibrated_epsilon, compare, impossible_pairs
 
 Float = npt.NDArray[np.float32]
@@ -116,30 +116,29 @@ def match(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchC
         Matches, possibly none. Ties are broken by (moving, fixed) index, so the result is deterministic.
     """
     similarity = compare(moving.prototypes, fixed.prototypes, config.similarity)
-    window = slice_window(moving, fixed, moving_to_fixed, config, 1.0)
+    window = slice_window(moving, fixed, moving_to_fixed, config)
     epsilon = _epsilon(similarity, window, moving, fixed, config)
-    i, j = _above(similarity, window, max(epsilon, 0.0))
-    score = similarity[i, j]
-    chosen = _select(i, j, score, moving, config)
-    i, j, score = i[chosen], j[chosen], score[chosen]
-    confidence = score
-    if config.spatial.enabled and len(i) >= 3:
-        wide = slice_window(moving, fixed, moving_to_fixed, config, config.spatial.widening)
-        here = Places(fixed.centroid_mm, fixed.covariance_mm2, fixed.track)
-        there = Places(moving.centroid_mm, moving.covariance_mm2, moving.track).moved(moving_to_fixed)
-        alike = Candidates(np.where(wide, similarity, 0), max(epsilon - config.spatial.slack, 0.0))
+    near = similarity * window
+    seeds = mutual_best(near, epsilon)
+    if config.spatial.enabled and len(seeds[0]) >= 3:
+        near = similarity * slice_window(moving, fixed, moving_to_fixed, config, config.spatial.widening)
         i, j, score, confidence = consistent_pairs(
-            (i, j, score),
-            alike,
-            here,
-            there,
+            (*seeds, similarity[seeds]),
+            Candidates(near, max(epsilon - config.spatial.slack, 0.0)),
+            Places(fixed.centroid_mm, fixed.covariance_mm2, fixed.track),
+            Places(moving.centroid_mm, moving.covariance_mm2, moving.track).moved(moving_to_fixed),
             lambda i, j, score: _select(i, j, score, moving, config),
             config.spatial,
             more=config.one_to_one == "hybrid",
         )
+    else:
+        i, j = np.divmod(np.flatnonzero(near > max(epsilon, 0.0)), near.shape[1])
+        chosen = _select(i, j, near[i, j], moving, config)
+        i, j = i[chosen], j[chosen]
+        score = confidence = near[i, j]
     order = np.lexsort((j, i, -score))
     order = order[_capped(moving.slice[i[order]], config)]
-    return _matches(i[order], j[order], confidence[order], similarity, window)
+    return _matches(i[order], j[order], confidence[order], near)
 
 
 def slice_window(
@@ -154,7 +153,7 @@ def slice_window(
     if config.slice_unit == "relative":
         here, there = (here + 0.5) / moving.n_slices, (there + 0.5) / fixed.n_slices
     near = np.abs(here[:, None] - there) <= reach
-    return np.asarray(near[moving.slice][:, fixed.slice])
+    return np.asarray(np.take(near[moving.slice], fixed.slice, axis=1))
 
 
 def _epsilon(similarity: Float, window: Mask, moving: RoiSet, fixed: RoiSet, config: MatchConfig) -> float:
@@ -164,11 +163,6 @@ def _epsilon(similarity: Float, window: Mask, moving: RoiSet, fixed: RoiSet, con
     impossible = impossible_pairs((moving.area_mm2, fixed.area_mm2), depth)
     calibrated = calibrated_epsilon(similarity, window & ~impossible, impossible, config.false_discovery)
     return config.epsilon if calibrated is None else calibrated
-
-
-def _above(similarity: Float, window: Mask, epsilon: float) -> tuple[Index, Index]:
-    i, j = np.divmod(np.flatnonzero((similarity > epsilon) & window), similarity.shape[1])
-    return i, j
 
 
 def _select(i: Index, j: Index, score: Float, moving: RoiSet, config: MatchConfig) -> Index:
@@ -194,9 +188,13 @@ def _capped(slices: npt.NDArray[np.int32], config: MatchConfig) -> Index:
     return everything[place < config.max_pairs]
 
 
-def _matches(i: Index, j: Index, confidence: Float, similarity: Float, window: Mask) -> Matches:
+def _matches(i: Index, j: Index, confidence: Float, similarity: Float) -> Matches:
+    """The matches with their margins; uses up `similarity`, float32 [N, M], 0 outside the window."""
     raw = similarity[i, j]
-    others = np.where(window[i], similarity[i], 0)
-    others[np.arange(len(i)), j] = 0
-    best_other = others.max(axis=1, initial=0)
+    if not similarity.size:
+        return Matches(i, j, raw, raw, confidence)
+    rows, top = np.arange(len(similarity)), similarity.argmax(axis=1)
+    best = similarity[rows, top]
+    similarity[rows, top] = 0
+    best_other = np.where(top[i] == j, similarity.max(axis=1)[i], best[i])
     return Matches(i, j, raw, raw - best_other, confidence)

@@ -53,6 +53,15 @@ def greedy_one_to_one(i: Index, j: Index, score: Score) -> Index:
     return np.sort(np.concatenate(taken))
 
 
+def mutual_best(score: npt.NDArray[np.float32], least: float) -> tuple[Index, Index]:
+    """Rows and columns of a score matrix [N, M] that are each other's best, above `least` and above 0."""
+    if not score.size:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    rows, column = np.arange(len(score)), score.argmax(axis=1)
+    good = (score.argmax(axis=0)[column] == rows) & (score[rows, column] > max(least, 0.0))
+    return rows[good], column[good]
+
+
 def best_of_each(group: Index, score: Score) -> Index:
     """Positions, ascending, of the best entry of every group; ties go to the entry given first."""
     order = np.argsort(-score, kind="stable")
