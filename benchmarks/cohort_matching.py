@@ -100,6 +100,7 @@ def subject_arrays(
         "prototypes": prototypes.astype(np.float32),
         "roi": np.arange(slices * rois, dtype=np.int32),
         "slice": z.astype(np.int32),
+        "track": np.tile(np.arange(rois, dtype=np.int32), slices),
         "centroid_mm": np.column_stack([z * SPACING_MM[0], place]),
         "area_mm2": np.pi * radius**2,
         "covariance_mm2": np.column_stack([stretch, np.zeros_like(radius), 1 / stretch]) * radius[:, None] ** 2 / 4,

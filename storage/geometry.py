@@ -172,7 +172,8 @@ class Geometry:
     @cached_property
     def _world_maps(self) -> tuple[Affine, Affine]:
         """Local to world and back, which matching needs for every pair of a subject."""
-        return self.local_to_world(), np.linalg.inv(self.local_to_world())
+        there = self.local_to_world()
+        return there, np.asarray(np.linalg.inv(there), np.float64)
 
     def center_mm(self) -> Affine:
         """Local mm (z, y, x) float64 [3] of the middle of the volume."""
