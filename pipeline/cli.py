@@ -69,6 +69,7 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Encode again if the folder was made with other settings.")
     ] = False,
+    until: Annotated[str, typer.Option("--until", help="Last stage to run: encode, prototypes, match or fit.")] = "fit",
 ) -> None:
     """Run or resume a study."""
     from pipeline.summary import print_summary
@@ -87,6 +88,7 @@ def run(
             request.pairs,
             request.unknown,
             overwrite=overwrite,
+            until=until,
             reporter=Reporter(console),
         )
         print_summary(console, out, summary)

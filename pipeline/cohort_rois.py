@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline import results
 from pipeline.algorithms.cohort_rois import Identity, identify
 from pipeline.errors import UsageError
 from pipeline.folder import StudyFolder
@@ -80,7 +82,9 @@ def write_cohort_rois(study: Path, min_paths: float) -> CohortRoiSummary:
         tracks = _read_tracks(study)
         left, right = (_ends(matches, role, tracks) for role in ("moving", "fixed"))
         found = identify(tracks.subject, left, right, matches.column("confidence").to_numpy(), min_paths)
-        tables.write_part(study, NAME, PART, _table(tracks, found, matches_key(matches)))
+        tables.write_part(
+            study, NAME, PART, _table(tracks, found, matches_key(matches.column("key").unique().to_pylist()))
+        )
     sizes = np.bincount(found.cluster[found.cluster >= 0])
     return CohortRoiSummary(
         tracks=int((found.cluster >= 0).sum()),
@@ -91,9 +95,9 @@ def write_cohort_rois(study: Path, min_paths: float) -> CohortRoiSummary:
     )
 
 
-def matches_key(matches: pa.Table) -> str:
-    """Digest of what the matches depend on."""
-    return digest({"matches": sorted(pc.unique(matches.column("key")).to_pylist()), "version": VERSION})
+def matches_key(keys: Iterable[str]) -> str:
+    """Digest of what matches of these keys depend on."""
+    return digest({"matches": sorted(set(keys)), "version": VERSION})
 
 
 def remove_stale(study: Path) -> bool:
@@ -101,7 +105,7 @@ def remove_stale(study: Path) -> bool:
     if not tables.has_part(study, NAME, PART):
         return False
     keys = pc.unique(tables.read_part(study, NAME, PART).column("key")).to_pylist()
-    if keys == [matches_key(tables.read_table(study, "correspondences"))]:
+    if keys == [matches_key(key for _, key in results.pair_keys(study, "correspondences"))]:
         return False
     tables.remove_part(study, NAME, PART)
     return True

@@ -12,6 +12,7 @@ from storage import tables
 _MEANING = {
     "metrics": "one row per pair and label",
     "correspondences": "one row per matched ROI pair",
+    "unmatched": "one row per pair in which no ROI pair was found",
     "rois": "one row per ROI of a subject",
     "cohort_rois": "after `samreg cohort rois`, one row per track that was found in another subject",
     "failures": "one row per unit of work that failed in the latest run",

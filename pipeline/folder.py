@@ -2,7 +2,7 @@
 
 study/
   embeddings.zarr       features, ROI masks and prototypes of each subject
-  rois/ correspondences/ metrics/ failures/ runs/    Parquet; cohort_rois/ after `samreg cohort rois`
+  rois/ correspondences/ unmatched/ metrics/ failures/ runs/    Parquet; cohort_rois/ after `samreg cohort rois`
   transforms/           one ITK displacement field per pair
   sweeps/               one folder per `samreg sweep`
   run.yaml              resolved configuration, versions, digests
@@ -29,6 +29,8 @@ from storage import tables
 from storage.atomic import clear_abandoned, replace_file
 from storage.cohort import subject_key
 from storage.embeddings import EmbeddingStore
+
+STAGES = ("encode", "prototypes", "match", "fit")
 
 
 class FolderError(UsageError):
@@ -108,7 +110,7 @@ class StudyFolder:
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
         """Replace `plan.json`."""
-        self._write("plan.json", json.dumps(plan, ensure_ascii=False, indent=0))
+        self._write("plan.json", json.dumps(plan, ensure_ascii=False))
 
     def _write(self, name: str, text: str) -> None:
         with replace_file(self.root / name) as temporary:

@@ -11,6 +11,7 @@ Execution settings and file names enter no key. Raise a version when the code of
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ class SubjectKeys:
     prototypes: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlannedPair:
     """One pair of the study with its keys and the Parquet part that its rows go to."""
 
@@ -98,44 +99,26 @@ def plan_pairs(
     """
     index = {subject: position for position, subject in enumerate(order)}
     tile = config.execution.tile
+    matching, fitting = digest(_match_settings(config)), digest(_fit_settings(config))
     planned = []
     for pair in pairs:
         if pair.moving not in keys or pair.fixed not in keys:
             continue
-        match_key = _match_key(config, pair, keys)
-        fit_key = _fit_key(config, match_key, inputs[pair.moving], inputs[pair.fixed])
-        part = f"{index[pair.fixed] // tile:04d}-{index[pair.moving] // tile:04d}"
+        moving, fixed = inputs[pair.moving], inputs[pair.fixed]
+        match_key = digest([matching, *pair, keys[pair.moving].prototypes, keys[pair.fixed].prototypes])
+        fit_key = digest([fitting, match_key, moving.label, fixed.label, moving.landmarks, fixed.landmarks])
+        part = sys.intern(f"{index[pair.fixed] // tile:04d}-{index[pair.moving] // tile:04d}")
         planned.append(PlannedPair(pair.pair, pair.moving, pair.fixed, match_key, fit_key, part))
     return planned
 
 
-def _match_key(config: StudyConfig, pair: Pair, keys: Mapping[str, SubjectKeys]) -> str:
-    return digest(
-        _plain(
-            {
-                "pair": [pair.pair, pair.moving, pair.fixed],
-                "prototypes": [keys[pair.moving].prototypes, keys[pair.fixed].prototypes],
-                "match": dataclasses.asdict(config.match),
-                "version": VERSIONS["match"],
-            }
-        )
-    )
+def _match_settings(config: StudyConfig) -> Any:
+    return _plain({"match": dataclasses.asdict(config.match), "version": VERSIONS["match"]})
 
 
-def _fit_key(config: StudyConfig, match_key: str, moving: InputDigests, fixed: InputDigests) -> str:
+def _fit_settings(config: StudyConfig) -> Any:
     evaluated = {"evaluate": dataclasses.asdict(config.evaluate)} if config.evaluate.pseudo_folds else {}
-    return digest(
-        _plain(
-            {
-                "match": match_key,
-                "fit": dataclasses.asdict(config.fit),
-                "labels": [moving.label, fixed.label],
-                "landmarks": [moving.landmarks, fixed.landmarks],
-                **evaluated,
-                "version": VERSIONS["fit"],
-            }
-        )
-    )
+    return _plain({"fit": dataclasses.asdict(config.fit), **evaluated, "version": VERSIONS["fit"]})
 
 
 def _plain(value: Any) -> Any:

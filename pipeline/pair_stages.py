@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,20 +31,26 @@ class IncompleteStudyError(StudyError):
 
 
 def run_pairs(study: Study, pairs: Sequence[Pair], planned: Sequence[PlannedPair]) -> None:
-    """Match and fit every pair whose rows are missing or made otherwise.
+    """Match and, unless the run ends there, fit every pair whose rows are missing or made otherwise.
 
     A pair whose subject failed is recorded as failed. If that subject's file cannot even be read, its earlier
     rows stay, since nothing says that they are out of date; rows of pairs that are no longer asked for go.
     """
-    for pair in pairs:
-        study.failures.block(pair)
+    if study.failures.subjects:
+        for pair in pairs:
+            study.failures.block(pair)
     known = {pair.pair for pair in planned}
     unreadable = {pair.pair for pair in pairs if pair.pair not in known}
     ready = [pair for pair in planned if pair.pair not in study.failures.pairs]
     fitted = _holding(study.folder, planned, unreadable)
-    seconds = _match(study, ready, planned, unreadable, fitted)
-    _fit(study, ready, fitted, seconds)
-    _check_complete(study.folder.root, ready, study.failures)
+    seconds = _match(study, ready, planned, unreadable)
+    if study.asks_for("fit"):
+        _fit(study, ready, fitted, seconds)
+        wanted = {pair.pair: pair.fit_key for pair in ready}
+        _check_complete(study.folder.root, ("metrics",), wanted, study.failures)
+    else:
+        wanted = {pair.pair: pair.match_key for pair in ready}
+        _check_complete(study.folder.root, results.MATCHED, wanted, study.failures)
 
 
 def _holding(folder: StudyFolder, planned: Sequence[PlannedPair], unreadable: set[str]) -> set[str]:
@@ -59,20 +65,12 @@ def _holding(folder: StudyFolder, planned: Sequence[PlannedPair], unreadable: se
 
 
 def _match(
-    study: Study,
-    ready: Sequence[PlannedPair],
-    planned: Sequence[PlannedPair],
-    unreadable: set[str],
-    fitted: set[str],
+    study: Study, ready: Sequence[PlannedPair], planned: Sequence[PlannedPair], unreadable: set[str]
 ) -> dict[str, float]:
-    """Match what is missing, a tile of pairs per unit; seconds by pair.
-
-    A pair without any match has no rows; its metrics row, with no ROI, tells that it was matched.
-    """
+    """Match what is missing, a tile of pairs per unit; seconds by pair."""
     root = study.folder.root
     wanted = {pair.pair: (pair.match_key, pair.part) for pair in planned}
-    matched = results.reconcile(root, "correspondences", wanted, unreadable)
-    matched |= fitted & results.pairs_without_rois(root)
+    matched = set[str]().union(*(results.reconcile(root, name, wanted, unreadable) for name in results.MATCHED))
     missing = [pair for pair in ready if pair.pair not in matched]
     count = study.start_stage("match", reused=len(ready) - len(missing))
     units = [match.MatchUnit(part, tuple(members)) for part, members in _by_part(missing).items()]
@@ -137,15 +135,14 @@ def _fail(study: Study, count: StageCount, pair: PlannedPair, failure: Failure) 
     LOG.warning("%s: %s failed: %s", count.stage, pair.pair, failure.message)
 
 
-def _check_complete(root: Path, ready: Sequence[PlannedPair], failures: FailureLog) -> None:
-    """Every pair is in the metrics table under its key, or in the failures table.
+def _check_complete(root: Path, names: Sequence[str], wanted: Mapping[str, str], failures: FailureLog) -> None:
+    """Every wanted pair is in one of the tables under its key, or in the failures table.
 
     Raises:
         IncompleteStudyError: naming pairs that are in neither.
     """
-    table = tables.read_table(root, "metrics")
-    have = set(zip(table.column("pair").to_pylist(), table.column("key").to_pylist(), strict=True))
-    lost = [p.pair for p in ready if (p.pair, p.fit_key) not in have and p.pair not in failures.pairs]
+    have = {pair for name in names for pair, key in results.pair_keys(root, name) if wanted.get(pair) == key}
+    lost = [pair for pair in wanted if pair not in have and pair not in failures.pairs]
     if lost:
         more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
         raise IncompleteStudyError(f"no result for {', '.join(lost[:5])}{more}; run the same command again")

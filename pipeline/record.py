@@ -84,32 +84,34 @@ def write_plan(
     keys: Mapping[str, SubjectKeys],
     pairs: Sequence[Pair] | None,
     planned: Sequence[PlannedPair],
+    until: str,
 ) -> None:
     """Write `plan.json`: every subject and pair of this run with its keys, which are null where an input is unreadable.
 
-    It also keeps the manifest's rows, with absolute paths, so that a report finds the images again.
+    Pairs are listed by column, which a million of them need. It also keeps the last stage that was asked for, and
+    the manifest's rows, with absolute paths, so that a report finds the images again.
     """
-    by_name = {pair.pair: pair for pair in planned}
     folder.write_plan(
         {
+            "until": until,
             "subjects": {
                 name: {"encode": keys[name].encode, "prototypes": keys[name].prototypes} if name in keys else None
                 for name in cohort.by_name()
             },
-            "pairs": None
-            if pairs is None
-            else {
-                pair.pair: {
-                    "moving": pair.moving,
-                    "fixed": pair.fixed,
-                    "match": by_name[pair.pair].match_key if pair.pair in by_name else None,
-                    "fit": by_name[pair.pair].fit_key if pair.pair in by_name else None,
-                }
-                for pair in pairs
-            },
+            "pairs": None if pairs is None else _pair_columns(pairs, planned),
             "manifest": {subject.subject: _manifest_row(subject) for subject in cohort.subjects},
         }
     )
+
+
+def _pair_columns(pairs: Sequence[Pair], planned: Sequence[PlannedPair]) -> dict[str, list[str | None]]:
+    keys = {pair.pair: (pair.match_key, pair.fit_key) for pair in planned}
+    both = [keys.get(pair.pair, (None, None)) for pair in pairs]
+    return {
+        **{name: [getattr(pair, name) for pair in pairs] for name in Pair._fields},
+        "match": [match for match, _ in both],
+        "fit": [fit for _, fit in both],
+    }
 
 
 def planned_subjects(plan: Mapping[str, Any]) -> tuple[Subject, ...]:
@@ -121,7 +123,7 @@ def planned_pairs(plan: Mapping[str, Any]) -> tuple[Pair, ...] | None:
     """The pairs of a plan, None where they were not chosen yet."""
     if plan["pairs"] is None:
         return None
-    return tuple(Pair(name, entry["moving"], entry["fixed"]) for name, entry in plan["pairs"].items())
+    return tuple(map(Pair, *(plan["pairs"][name] for name in Pair._fields)))
 
 
 def _manifest_row(subject: Subject) -> dict[str, str]:

@@ -1,14 +1,15 @@
 """The pair tables of a study: which rows still hold, and where the next ones go.
 
 A part holds the rows of one tile of pairs, sorted by pair, so a table does not depend on the order in which its
-rows were made. Every row carries the key of its pair; a row whose key is no longer wanted is dropped.
+rows were made. Every row carries the key of its pair; a row whose key is no longer wanted is dropped. A pair has
+many rows, so whatever concerns pairs is asked of the distinct (pair, key) of a part, not of its rows.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import pyarrow.compute as pc
 from storage import tables
 
 LOG = logging.getLogger("samreg")
+MATCHED = ("correspondences", "unmatched")  # a matched pair has rows in one of them
+_PAIR_KEY = ["pair", "key"]
 
 
 def reconcile(
@@ -39,34 +42,27 @@ def reconcile(
     spoiled: list[str] = []
     for part in tables.part_names(root, name):
         table = _readable(root, name, part)
-        pairs, keys = ([] if table is None else table.column(c).to_pylist() for c in ("pair", "key"))
-        here = [pair in untouched or wanted.get(pair) == (key, part) for pair, key in zip(pairs, keys, strict=True)]
-        if table is not None and all(here):
-            kept.update(pairs)
+        found = set() if table is None else _distinct(table)
+        if table is not None and all(pair in untouched or wanted.get(pair) == (key, part) for pair, key in found):
+            kept.update(pair for pair, _ in found)
             continue
         spoiled.append(part)
-        if table is None:
-            continue
-        for target, rows in _by_target(part, pairs, keys, wanted, untouched).items():
-            moving[target].append(table.take(pa.array(rows)))
+        for target, holding in _by_target(part, found, wanted, untouched).items():
+            moving[target].append(_rows_with(table, holding))
     _rewrite(root, name, spoiled, moving, kept)
     return kept
 
 
 def _by_target(
-    part: str,
-    pairs: list[str],
-    keys: list[str],
-    wanted: Mapping[str, tuple[str, str]],
-    untouched: Set[str],
-) -> dict[str, list[int]]:
-    """Rows that still hold, by the part they belong to."""
-    rows: dict[str, list[int]] = defaultdict(list)
-    for row, (pair, key) in enumerate(zip(pairs, keys, strict=True)):
+    part: str, found: Iterable[tuple[str, str]], wanted: Mapping[str, tuple[str, str]], untouched: Set[str]
+) -> dict[str, dict[str, str]]:
+    """Pairs whose rows still hold, with their key, by the part that they belong to."""
+    targets: dict[str, dict[str, str]] = defaultdict(dict)
+    for pair, key in found:
         goal = (key, part) if pair in untouched else wanted.get(pair)
         if goal is not None and goal[0] == key:
-            rows[goal[1]].append(row)
-    return rows
+            targets[goal[1]][pair] = key
+    return targets
 
 
 def _rewrite(root: Path, name: str, spoiled: list[str], moving: Mapping[str, list[pa.Table]], kept: set[str]) -> None:
@@ -76,11 +72,11 @@ def _rewrite(root: Path, name: str, spoiled: list[str], moving: Mapping[str, lis
         if target not in spoiled and tables.has_part(root, name, target):
             merged = tables.read_part(root, name, target)
         for piece in pieces:
-            fresh = piece if merged is None else _without(piece, set(merged.column("pair").to_pylist()))
+            fresh = piece if merged is None else _without(piece, merged.column("pair").unique().to_pylist())
             merged = fresh if merged is None else pa.concat_tables([merged, fresh])
         assert merged is not None
         tables.write_part(root, name, target, sort_rows(merged))
-        kept.update(merged.column("pair").to_pylist())
+        kept.update(merged.column("pair").unique().to_pylist())
     for part in spoiled:
         if part not in moving:
             tables.remove_part(root, name, part)
@@ -89,7 +85,7 @@ def _rewrite(root: Path, name: str, spoiled: list[str], moving: Mapping[str, lis
 def merge_rows(root: Path, name: str, part: str, fresh: pa.Table, pairs: Iterable[str]) -> None:
     """Replace the rows of `pairs` in a part by those of `fresh`."""
     if tables.has_part(root, name, part):
-        fresh = pa.concat_tables([_without(tables.read_part(root, name, part), set(pairs)), fresh])
+        fresh = pa.concat_tables([_without(tables.read_part(root, name, part), pairs), fresh])
     if fresh.num_rows:
         tables.write_part(root, name, part, sort_rows(fresh))
     else:
@@ -98,30 +94,46 @@ def merge_rows(root: Path, name: str, part: str, fresh: pa.Table, pairs: Iterabl
 
 def sort_rows(table: pa.Table) -> pa.Table:
     """Rows by pair; within a pair as they came."""
-    names = table.column("pair").to_pylist()
-    return table.take(pa.array(sorted(range(len(names)), key=names.__getitem__), pa.int64()))
+    pairs = table.column("pair")
+    if pc.all(pc.less_equal(pairs.slice(0, max(0, len(pairs) - 1)), pairs.slice(1))).as_py():
+        return table
+    return table.take(pc.sort_indices(pairs))
 
 
 def rows_of(root: Path, name: str, part: str, pairs: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
     """Rows of some pairs of a part, as dicts, by pair; a pair without rows has an empty list."""
     found: dict[str, list[dict[str, Any]]] = {pair: [] for pair in pairs}
     if tables.has_part(root, name, part):
-        table = tables.read_part(root, name, part)
-        chosen = table.filter(pc.is_in(table.column("pair"), value_set=pa.array(list(found), pa.string())))
-        for row in chosen.to_pylist():
+        for row in tables.read_part(root, name, part).filter(_is_one_of("pair", found)).to_pylist():
             found[row["pair"]].append(row)
     return found
 
 
-def pairs_without_rois(root: Path) -> set[str]:
-    """Pairs of the metrics table that no ROI pair was found for."""
-    table = tables.read_table(root, "metrics")
-    return set(table.filter(pc.equal(table.column("n_rois"), 0)).column("pair").to_pylist())
+def pair_keys(root: Path, name: str) -> Iterator[tuple[str, str]]:
+    """The (pair, key) that have rows, a part at a time."""
+    for part in tables.part_names(root, name):
+        yield from _distinct(tables.read_part(root, name, part, _PAIR_KEY))
 
 
-def _without(table: pa.Table, pairs: set[str]) -> pa.Table:
-    inside = pc.is_in(table.column("pair"), value_set=pa.array(sorted(pairs), pa.string()))
-    return table.filter(pc.invert(inside))
+def _distinct(table: pa.Table) -> set[tuple[str, str]]:
+    """The (pair, key) of the rows, looked up only where they change from one row to the next."""
+    columns = [table.column(name) for name in _PAIR_KEY]
+    changed = pc.or_(*(pc.not_equal(c.slice(1), c.slice(0, max(0, len(c) - 1))) for c in columns))
+    heads = [c.slice(0, 1).to_pylist() + c.slice(1).filter(changed).to_pylist() for c in columns]
+    return set(zip(*heads, strict=True))
+
+
+def _rows_with(table: pa.Table, holding: Mapping[str, str]) -> pa.Table:
+    """Rows of the pairs under their key; no key is that of two pairs."""
+    return table.filter(_is_one_of("pair", holding) & _is_one_of("key", set(holding.values())))
+
+
+def _without(table: pa.Table, pairs: Iterable[str]) -> pa.Table:
+    return table.filter(~_is_one_of("pair", pairs))
+
+
+def _is_one_of(column: str, values: Iterable[str]) -> pc.Expression:
+    return pc.field(column).isin(pa.array(list(values), pa.string()))
 
 
 def _readable(root: Path, name: str, part: str) -> pa.Table | None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline import results
 from pipeline.errors import UsageError
-from pipeline.folder import StudyFolder
+from pipeline.folder import STAGES, StudyFolder
 from storage import tables
 from storage.embeddings import EmbeddingStore
 from storage.signature import digest
@@ -17,12 +18,16 @@ from storage.signature import digest
 
 @dataclass(frozen=True)
 class StageStatus:
-    """Units of one stage: subjects for encode and prototypes, pairs for match and fit."""
+    """Units of one stage: subjects for encode and prototypes, pairs for match and fit.
+
+    Nothing is missing at a stage that the latest run was not `asked` for.
+    """
 
     stage: str
     done: int
     failed: int
     missing: int
+    asked: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,16 +64,21 @@ def read_status(study: Path) -> Status:
         raise UsageError(f"{study} is not a study folder: it has no plan.json; start one with samreg run")
     rows = tables.read_table(folder.root, "failures").to_pylist()
     subjects: Mapping[str, Any] = plan["subjects"]
-    pairs: Mapping[str, Any] = plan["pairs"] or {}
+    pairs = _planned_pairs(plan)
     failed_subjects = {stage: {r["subject"] for r in rows if r["stage"] == stage} for stage in ("encode", "prototypes")}
     failed_pairs = {stage: {r["pair"] for r in rows if r["stage"] == stage} for stage in ("match", "fit")}
     done = _done(folder, subjects, pairs)
     lost = failed_subjects["encode"]
-    stages = (
+    counted = (
         _count("encode", subjects, done["encode"], lost, set()),
         _count("prototypes", subjects, done["prototypes"], failed_subjects["prototypes"], lost),
         _count("match", pairs, done["match"], failed_pairs["match"], set()),
         _count("fit", pairs, done["fit"], failed_pairs["fit"], failed_pairs["match"]),
+    )
+    last = STAGES.index(plan["until"])
+    stages = tuple(
+        stage if STAGES.index(stage.stage) <= last else dataclasses.replace(stage, missing=0, asked=False)
+        for stage in counted
     )
     return Status(stages, tuple((r["stage"], r["pair"] or r["unit"], r["message"]) for r in rows))
 
@@ -80,33 +90,28 @@ def _count(
     return StageStatus(stage, len(done - failed - not_reached), len(failed), len(missing))
 
 
-def _done(folder: StudyFolder, subjects: Mapping[str, Any], pairs: Mapping[str, Any]) -> dict[str, set[str]]:
+def _planned_pairs(plan: Mapping[str, Any]) -> dict[str, tuple[str | None, str | None]]:
+    """Match and fit key of every pair."""
+    columns = plan["pairs"] or {"pair": (), "match": (), "fit": ()}
+    keys = zip(columns["match"], columns["fit"], strict=True)
+    return dict(zip(columns["pair"], keys, strict=True))
+
+
+def _done(
+    folder: StudyFolder, subjects: Mapping[str, Any], pairs: Mapping[str, tuple[str | None, str | None]]
+) -> dict[str, set[str]]:
     """Units of each stage whose stored key is the planned one."""
-    store = EmbeddingStore(folder.embeddings)
-    fitted = {
-        (row["pair"], row["key"]): row["n_rois"]
-        for row in tables.read_table(folder.root, "metrics").select(["pair", "key", "n_rois"]).to_pylist()
-    }
-    matched = set(_pair_keys(folder.root, "correspondences"))
-    planned = {name: keys for name, keys in pairs.items() if keys["fit"] is not None}
-    fit = {name for name, keys in planned.items() if (name, keys["fit"]) in fitted and folder.transform(name).exists()}
+    store, absent = EmbeddingStore(folder.embeddings), (None, None)
+    matched = (found for name in results.MATCHED for found in results.pair_keys(folder.root, name))
+    fitted = results.pair_keys(folder.root, "metrics")
     return {
         "encode": {n for n, k in subjects.items() if k and _digest(store.signature(n)) == k["encode"]},
         "prototypes": {
             n for n, k in subjects.items() if k and _digest(store.prototypes_signature(n)) == k["prototypes"]
         },
-        "match": {
-            name
-            for name, keys in planned.items()
-            if (name, keys["match"]) in matched or (name in fit and fitted[name, keys["fit"]] == 0)
-        },
-        "fit": fit,
+        "match": {pair for pair, key in matched if pairs.get(pair, absent)[0] == key},
+        "fit": {pair for pair, key in fitted if pairs.get(pair, absent)[1] == key and folder.transform(pair).exists()},
     }
-
-
-def _pair_keys(root: Path, name: str) -> list[tuple[str, str]]:
-    table = tables.read_table(root, name)
-    return list(zip(table.column("pair").to_pylist(), table.column("key").to_pylist(), strict=True))
 
 
 def _digest(signature: dict[str, Any] | None) -> str | None:
@@ -116,7 +121,10 @@ def _digest(signature: dict[str, Any] | None) -> str | None:
 def describe_status(status: Status, shown: int = 20) -> str:
     """The counts as a small table, then the first failures."""
     lines = [f"{'stage':<11}{'done':>8}{'failed':>8}{'missing':>9}"]
-    lines += [f"{s.stage:<11}{s.done:>8}{s.failed:>8}{s.missing:>9}" for s in status.stages]
+    lines += [
+        f"{s.stage:<11}{s.done:>8}{s.failed:>8}{s.missing:>9}{'' if s.asked else '  not asked for'}"
+        for s in status.stages
+    ]
     lines += [f"failed {stage} {unit}: {message}" for stage, unit, message in status.failures[:shown]]
     if len(status.failures) > shown:
         lines.append(f"and {len(status.failures) - shown} more failures, see failures/")

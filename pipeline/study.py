@@ -19,9 +19,9 @@ from actors.build import finds_classes, reads_segmentations, segmenter_signature
 from pipeline import cohort_rois, record
 from pipeline.config import StudyConfig
 from pipeline.dispatch import DISK_FULL, Failure, RayExecutor, SerialExecutor, Task, open_executor
-from pipeline.errors import StudyError
+from pipeline.errors import StudyError, UsageError
 from pipeline.failures import FailureLog
-from pipeline.folder import StudyFolder
+from pipeline.folder import STAGES, StudyFolder
 from pipeline.inputs import DigestCache, InputDigests, digest_inputs
 from pipeline.keys import SubjectKeys, plan_pairs, subject_keys
 from pipeline.pair_stages import run_pairs
@@ -65,6 +65,7 @@ def run_study(
     unknown: Sequence[UnknownPair] = (),
     *,
     overwrite: bool = False,
+    until: str = STAGES[-1],
     reporter: Reporter | None = None,
 ) -> StudySummary:
     """Run or resume a study.
@@ -73,16 +74,20 @@ def run_study(
         pairs: what to register; None follows `config.pairs`.
         unknown: pairs that name a subject outside the cohort, recorded as failures.
         overwrite: accept a folder made with other input or segmenter settings and encode again.
+        until: the last stage to run.
 
     Raises:
+        UsageError: for a stage that does not exist.
         FolderError: for a folder in use or made otherwise.
         PairsError, ExecutionError: for settings that cannot be carried out here.
         StudyError: when the disk is full.
     """
+    if until not in STAGES:
+        raise UsageError(f"until is {until!r}, which is no stage; stages are {', '.join(STAGES)}")
     folder = StudyFolder(Path(out).absolute())
     with stopped_by_full_disk(folder), folder.lock(), open_executor(config.execution) as executor:
         folder.clear_abandoned()
-        study = Study(config, cohort, folder, executor, reporter or Reporter())
+        study = Study(config, cohort, folder, executor, reporter or Reporter(), until)
         return study.run(pairs, unknown, overwrite)
 
 
@@ -113,6 +118,7 @@ class Study:
     folder: StudyFolder
     executor: RayExecutor | SerialExecutor
     reporter: Reporter
+    until: str = STAGES[-1]
     counts: dict[str, StageCount] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -121,7 +127,7 @@ class Study:
         self.subjects = self.cohort.by_name()
 
     def run(self, pairs: Sequence[Pair] | None, unknown: Sequence[UnknownPair], overwrite: bool) -> StudySummary:
-        """Every stage, in order."""
+        """Every stage that is asked for, in order."""
         start = time.time()
         if pairs is None and self.config.pairs.by_similarity and finds_classes(self.config.segmenter):
             raise PairsError(
@@ -135,20 +141,27 @@ class Study:
         keys = {name: subject_keys(self.config, segmenter, found) for name, found in inputs.items()}
         written = record.write_run(self.folder, self.config, segmenter, inputs)
         try:
-            self._plan(pairs, inputs, keys)
+            planned = self._plan(pairs, inputs, keys)
             self._encode(keys)
-            self.pool(keys)
-            chosen = pairs if pairs is not None else self.similar()
-            planned = self._plan(chosen, inputs, keys)
-            self.record_unknown(unknown)
-            run_pairs(self, chosen, planned)
-            if cohort_rois.remove_stale(self.folder.root):
-                LOG.warning("the matches have changed: run samreg cohort rois %s again", self.folder.root)
+            if self.asks_for("prototypes"):
+                self.pool(keys)
+            if self.asks_for("match"):
+                if pairs is None:
+                    pairs = self.similar()
+                    planned = self._plan(pairs, inputs, keys)
+                self.record_unknown(unknown)
+                run_pairs(self, pairs, planned)
+                if cohort_rois.remove_stale(self.folder.root):
+                    LOG.warning("the matches have changed: run samreg cohort rois %s again", self.folder.root)
         finally:
             self.write_failures()
         seconds = time.time() - start
         record.append_run(self.folder, written, start, list(self.counts.values()))
         return StudySummary(tuple(self.counts.values()), self.failures.total, seconds)
+
+    def asks_for(self, stage: str) -> bool:
+        """Whether the run goes as far as a stage."""
+        return STAGES.index(stage) <= STAGES.index(self.until)
 
     def start_stage(self, stage: str, reused: int) -> StageCount:
         """A fresh count for a stage."""
@@ -182,7 +195,7 @@ class Study:
         keys: Mapping[str, SubjectKeys],
     ) -> list[Any]:
         planned = plan_pairs(self.config, pairs or (), list(self.subjects), inputs, keys)
-        record.write_plan(self.folder, self.cohort, keys, pairs, planned)
+        record.write_plan(self.folder, self.cohort, keys, pairs, planned, self.until)
         return planned
 
     def _digest_inputs(self) -> dict[str, InputDigests]:

@@ -94,6 +94,14 @@ class EmbeddingStore:
         record = _complete_attributes(self._folder(subject))
         return None if record is None else dict(record["signature"])
 
+    def geometry(self, subject: str) -> Geometry:
+        """Grid of a whole subject; reads no array.
+
+        Raises:
+            FileNotFoundError: when it is absent or incomplete.
+        """
+        return Geometry.from_dict(self._require(subject)["geometry"])
+
     def subjects(self) -> list[str]:
         """Names of the whole subjects, sorted."""
         if not self.root.is_dir():

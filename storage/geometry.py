@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import permutations
 from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
@@ -168,6 +169,12 @@ class Geometry:
         matrix[:3, 3] = self.origin_mm
         return matrix
 
+    @cached_property
+    def _world_maps(self) -> tuple[Affine, Affine]:
+        """Local to world and back, which matching needs for every pair of a subject."""
+        there = self.local_to_world()
+        return there, np.asarray(np.linalg.inv(there), np.float64)
+
     def center_mm(self) -> Affine:
         """Local mm (z, y, x) float64 [3] of the middle of the volume."""
         center: Affine = (np.asarray(self.shape) - 1) / 2 * np.asarray(self.spacing_mm)
@@ -204,7 +211,8 @@ def moving_to_fixed(fixed: Geometry, moving: Geometry) -> Affine:
             "one image has a physical spacing and the other has none, so they share no unit: "
             f"fixed {fixed.describe()}, moving {moving.describe()}"
         )
-    return np.linalg.inv(fixed.local_to_world()) @ moving.local_to_world()
+    matrix: Affine = fixed._world_maps[1] @ moving._world_maps[0]
+    return matrix
 
 
 def center_alignment(fixed: Geometry, moving: Geometry) -> Affine:

@@ -90,6 +90,8 @@ CORRESPONDENCES = _schema(
     ]
 )
 
+UNMATCHED = _schema([*_PAIR, *_KEY])
+
 COHORT_ROIS = _schema(
     [
         ("subject", _TEXT, "", "subject name of the manifest"),
@@ -214,6 +216,7 @@ RUNS = _schema(
 SCHEMAS = {
     "rois": ROIS,
     "correspondences": CORRESPONDENCES,
+    "unmatched": UNMATCHED,
     "cohort_rois": COHORT_ROIS,
     "metrics": METRICS,
     "failures": FAILURES,

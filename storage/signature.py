@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 _SHOWN = 6
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 class SignatureMismatch(ValueError):  # noqa: N818 (reads as what happened, as in the messages)
@@ -20,8 +21,7 @@ def digest(value: Any) -> str:
         TypeError: for something JSON cannot hold.
         ValueError: for NaN or infinity.
     """
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(_CANONICAL.encode(value).encode()).hexdigest()[:16]
 
 
 def check_signature(what: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:

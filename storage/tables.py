@@ -7,7 +7,7 @@ or pair, which may be called anything, it is `storage.cohort.subject_key` of the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.atomic import replace_file
-from storage.schemas import CORRESPONDENCES, FAILURES, METRICS, ROIS, RUNS, SCHEMA_VERSION, SCHEMAS
+from storage.schemas import CORRESPONDENCES, FAILURES, METRICS, ROIS, RUNS, SCHEMA_VERSION, SCHEMAS, UNMATCHED
 
 __all__ = [
     "CORRESPONDENCES",
@@ -26,6 +26,7 @@ __all__ = [
     "RUNS",
     "SCHEMAS",
     "SCHEMA_VERSION",
+    "UNMATCHED",
     "TableError",
     "describe",
     "has_part",
@@ -81,32 +82,34 @@ def write_part(root: str | Path, table_name: str, part: str, table: pa.Table) ->
     except (pa.ArrowInvalid, ValueError) as error:
         raise TableError(f"table {table_name!r}, part {part!r}: {error}") from None
     path = _part_path(Path(root), table_name, part)
+    repeated = [field.name for field in schema if field.type != pa.float32()]  # a score is hardly ever seen twice
     with replace_file(path) as temporary:
-        pq.write_table(cast, temporary, compression="zstd", store_schema=True)
+        pq.write_table(cast, temporary, compression="zstd", store_schema=True, use_dictionary=repeated)
     return path
 
 
-def read_part(root: str | Path, table_name: str, part: str) -> pa.Table:
-    """Read one part.
+def read_part(root: str | Path, table_name: str, part: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read one part, or some columns of it.
 
     Raises:
         FileNotFoundError: when it does not exist.
         TableError: when it is truncated or of another schema version.
     """
-    return _read(_part_path(Path(root), table_name, part), table_name)
+    return _read(_part_path(Path(root), table_name, part), table_name, columns)
 
 
-def read_table(root: str | Path, table_name: str) -> pa.Table:
-    """All parts in the order of their names; no parts give an empty table.
+def read_table(root: str | Path, table_name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """All parts, or some columns of them, in the order of their names; no parts give an empty table.
 
     Raises:
         TableError: naming the part that is truncated or of another schema version.
     """
     folder = Path(root) / table_name
-    parts = [_read(folder / f"{name}.parquet", table_name) for name in part_names(root, table_name)]
+    parts = [_read(folder / f"{name}.parquet", table_name, columns) for name in part_names(root, table_name)]
     if parts:
         return pa.concat_tables(parts)
-    return pa.Table.from_batches([], _schema(table_name))  # Schema.empty_table() would import pandas
+    empty = pa.Table.from_batches([], _schema(table_name))  # Schema.empty_table() would import pandas
+    return empty if columns is None else empty.select(columns)
 
 
 def part_names(root: str | Path, table_name: str) -> list[str]:
@@ -151,18 +154,19 @@ def _part_path(root: Path, table_name: str, part: str) -> Path:
     return root / table_name / f"{part}.parquet"
 
 
-def _read(path: Path, table_name: str) -> pa.Table:
+def _read(path: Path, table_name: str, columns: Sequence[str] | None) -> pa.Table:
     try:
-        table = pq.ParquetFile(path).read()
+        file = pq.ParquetFile(path)
+        schema, table = file.schema_arrow, file.read(columns)
     except (pa.ArrowInvalid, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise TableError(f"{path}: truncated or damaged Parquet file; delete it and run again") from error
-    found = (table.schema.metadata or {}).get(b"schema_version", b"none").decode()
+    found = (schema.metadata or {}).get(b"schema_version", b"none").decode()
     if found != SCHEMA_VERSION:
         raise TableError(
             f"{path}: schema version {found}, this program reads {SCHEMA_VERSION}; use a new output folder"
         )
-    if not table.schema.equals(_schema(table_name)):
+    if not schema.equals(_schema(table_name)):
         raise TableError(f"{path}: columns differ from table {table_name!r} of version {SCHEMA_VERSION}")
     return table

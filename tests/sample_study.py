@@ -129,7 +129,8 @@ def _write_records(folder: StudyFolder, subjects: list[Subject], pairs: list[str
     (folder.root / "run.yaml").write_text(yaml.safe_dump({"config": {}, "versions": {"python": "3"}}))
     plan = {
         "subjects": {s.subject: {"encode": digest({"s": 1}), "prototypes": digest({"p": 1})} for s in subjects},
-        "pairs": {pair: {"match": "k", "fit": "k"} for pair in [*pairs, failed]},
+        "until": "fit",
+        "pairs": {"pair": [*pairs, failed], **dict.fromkeys(("match", "fit"), ["k"] * (len(pairs) + 1))},
         "manifest": {s.subject: {k: v for k, v in asdict(s).items() if k != "subject"} for s in subjects},
     }
     (folder.root / "plan.json").write_text(json.dumps(plan))

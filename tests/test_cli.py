@@ -43,6 +43,18 @@ def test_run_then_status_then_run_again(cohort: Path, tmp_path: Path) -> None:
     assert missing.stdout.splitlines()[-1].split() == ["fit", "0", "0", "1"]
 
 
+def test_a_run_until_match_is_all_that_was_asked_for(cohort: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    run = ["run", "--cohort", cohort, "--out", out, "--pairs", "star", *QUICK]
+    assert _samreg(*run, "--until", "match").exit_code == 0
+    status = _samreg("status", out)
+    assert status.exit_code == 0
+    assert status.stdout.splitlines()[-1].split() == ["fit", "0", "0", "0", "not", "asked", "for"]
+    wrong = _samreg(*run, "--until", "matching")
+    assert wrong.exit_code == 2
+    assert "stages are encode, prototypes, match, fit" in wrong.stderr
+
+
 HEAVY = {"torch", "torchvision", "ray", "matplotlib", "skimage", "segment_anything", "dask"}
 
 

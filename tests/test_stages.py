@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,17 @@ import pytest
 from actors.segmenter import Candidates, Features
 from pipeline import results
 from pipeline.algorithms.ddf import FitResult
+from pipeline.algorithms.matching import MatchConfig, RoiSet
 from pipeline.algorithms.prototypes import PrototypeConfig
 from pipeline.algorithms.rois import RoiConfig
 from pipeline.algorithms.tracks import TrackConfig
 from pipeline.algorithms.warp import affine_ddf
+from pipeline.dispatch import Failure
+from pipeline.keys import PlannedPair
+from pipeline.stages import match
 from pipeline.stages.evaluate import Reference, evaluate
 from pipeline.stages.prototypes import NoRoiError, PrototypeUnit, run_unit
-from pipeline.stages.roi_sets import read_rois
+from pipeline.stages.roi_sets import SubjectRois, read_rois
 from storage import tables
 from storage.embeddings import EmbeddingStore
 from storage.geometry import Geometry
@@ -162,6 +167,62 @@ def test_reconcile_heals_a_row_that_a_kill_left_in_two_parts(tmp_path: Path) -> 
     assert results.reconcile(tmp_path, "metrics", wanted) == {"pair", "other"}
     assert tables.read_table(tmp_path, "metrics")["pair"].to_pylist() == ["other", "pair"]
     assert tables.part_names(tmp_path, "metrics") == ["new"]
+
+
+def test_pair_keys_are_the_distinct_ones_whatever_the_order_of_rows(tmp_path: Path) -> None:
+    _write(tmp_path, "p1", ("b", "k"), ("a", "k"), ("a", "k"), ("a", "l"), ("b", "k"))
+    _write(tmp_path, "p2", ("c", "k"))
+    _write(tmp_path, "p3")
+    found = list(results.pair_keys(tmp_path, "metrics"))
+    assert sorted(found) == [("a", "k"), ("a", "l"), ("b", "k"), ("c", "k")]
+
+
+def _subject(seed: int) -> SubjectRois:
+    """Twelve ROIs in three slices that resemble those of every other such subject."""
+    shared, rng = np.random.default_rng(0), np.random.default_rng(seed)
+    prototypes = (shared.normal(size=(12, 20)) + 0.1 * rng.normal(size=(12, 20))).astype(np.float32)
+    place = shared.uniform(0, 40, (12, 2)) + rng.normal(size=(12, 2))
+    z = np.repeat(np.arange(3, dtype=np.int32), 4)
+    rois = RoiSet(
+        prototypes / np.linalg.norm(prototypes, axis=1, keepdims=True),
+        z,
+        np.column_stack([z * 4.0, place]),
+        np.full(12, 50.0),
+        np.tile([16.0, 0.0, 16.0], (12, 1)),
+        3,
+    )
+    return SubjectRois(rois, np.arange(100, 112, dtype=np.int32), _geometry())
+
+
+def test_a_tile_of_pairs_gives_one_sorted_part_and_a_bad_subject_fails_its_pairs_only(tmp_path: Path) -> None:
+    subjects = {"a": _subject(1), "b": _subject(2), "far": _subject(3)}
+    far = subjects["far"].rois
+    subjects["far"] = replace(subjects["far"], rois=replace(far, prototypes=-far.prototypes))
+
+    def rois_of(name: str) -> SubjectRois:
+        if name not in subjects:
+            raise FileNotFoundError(name)
+        return subjects[name]
+
+    named = [("z", "a", "b"), ("gone", "a", "lost"), ("none", "a", "far"), ("c", "b", "a")]
+    pairs = tuple(PlannedPair(pair, moving, fixed, f"key {pair}", "", "p") for pair, moving, fixed in named)
+    done = match.run_unit(tmp_path, rois_of, MatchConfig(), match.MatchUnit("p", pairs))
+    assert [outcome.error if isinstance(outcome, Failure) else "" for outcome in done] == [
+        "", "FileNotFoundError", "", "",
+    ]  # fmt: skip
+    rows = tables.read_part(tmp_path, "correspondences", "p").to_pylist()
+    assert sorted({(row["pair"], row["moving"], row["fixed"], row["key"]) for row in rows}) == [
+        ("c", "b", "a", "key c"), ("z", "a", "b", "key z"),
+    ]  # fmt: skip
+    assert [row["pair"] for row in rows] == sorted(row["pair"] for row in rows)
+    one = [row for row in rows if row["pair"] == "z"]
+    assert [row["rank"] for row in one] == list(range(12))
+    for row in one:
+        moving, fixed = row["moving_roi"] - 100, row["fixed_roi"] - 100
+        assert row["moving_slice"] == subjects["a"].rois.slice[moving]
+        assert row["fixed_centroid_y_mm"] == subjects["b"].rois.centroid_mm[fixed, 1]
+        assert row["moving_centroid_x_mm"] == subjects["a"].rois.centroid_mm[moving, 2]
+    assert [row["pair"] for row in tables.read_part(tmp_path, "unmatched", "p").to_pylist()] == ["none"]
 
 
 def test_merging_replaces_the_rows_of_its_pairs_only(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import SimpleITK as sitk  # noqa: N813
 
 from pipeline.cohort_rois import write_cohort_rois
 from pipeline.config import make_config
-from pipeline.errors import StudyError
+from pipeline.errors import StudyError, UsageError
 from pipeline.folder import FolderError, StudyFolder
 from pipeline.pairs import PairsError
 from pipeline.progress import SilentReporter
@@ -31,12 +31,12 @@ from tests import phantoms
 
 
 def _run(cohort: Path | Cohort, out: Path, listed: Sequence[Pair] | None = None, **settings: Any) -> StudySummary:
-    overwrite = settings.pop("overwrite", False)
+    how = {name: settings.pop(name) for name in ("overwrite", "until") if name in settings}
     execution = {"executor": "serial", **settings.pop("execution", {})}
     fit = {**phantoms.QUICK_FIT, **settings.pop("fit", {})}
     config = make_config({"execution": execution, "fit": fit, **settings})
     found = cohort if isinstance(cohort, Cohort) else read_cohort(cohort)
-    return run_study(config, found, out, listed, overwrite=overwrite, reporter=SilentReporter())
+    return run_study(config, found, out, listed, **how, reporter=SilentReporter())
 
 
 def _counts(summary: StudySummary) -> dict[str, tuple[int, int, int]]:
@@ -242,7 +242,7 @@ def test_a_lock_left_on_another_machine_is_not_taken(study: Path, cohort: Path) 
 def test_pairs_are_chosen_from_prototypes(study: Path, cohort: Path, pairs: dict[str, Any], count: int) -> None:
     counts = _counts(_run(cohort, study, pairs=pairs))
     assert counts["fit"] == (0, count, 0)
-    assert json.loads((study / "plan.json").read_text())["pairs"].keys() == set(
+    assert set(json.loads((study / "plan.json").read_text())["pairs"]["pair"]) == set(
         tables.read_table(study, "metrics").column("pair").to_pylist()
     )
 
@@ -298,6 +298,63 @@ def test_rows_lost_during_a_run_are_noticed(study: Path, cohort: Path, monkeypat
     monkeypatch.setattr(pair_stages.results, "merge_rows", lambda *arguments: None)
     with pytest.raises(StudyError, match=r"no result for .*a__b"):
         _run(cohort, study, fit={"smoothness": 0.05})
+
+
+def test_a_run_until_match_asks_for_no_fit_and_leaves_the_rest_to_a_later_run(
+    cohort: Path, finished: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "s"
+    assert _counts(_run(cohort, out, until="match")).keys() == {"encode", "prototypes", "match"}
+    assert not (out / "metrics").exists()
+    assert not (out / "transforms").exists()
+    status = read_status(out)
+    assert status.complete
+    assert [(stage.done, stage.missing, stage.asked) for stage in status.stages] == [
+        (3, 0, True), (3, 0, True), (6, 0, True), (0, 0, False),
+    ]  # fmt: skip
+    counts = _counts(_run(cohort, out))
+    assert (counts["match"], counts["fit"]) == ((0, 6, 0), (6, 0, 0))
+    assert phantoms.study_tables(out) == phantoms.study_tables(finished)
+
+
+def test_matching_anew_removes_the_fits_of_the_old_matches(study: Path, cohort: Path) -> None:
+    assert _counts(_run(cohort, study, until="match", match={"epsilon": 0.7}))["match"] == (6, 0, 0)
+    assert tables.read_table(study, "metrics").num_rows == 0
+    assert not list((study / "transforms").glob("*.h5"))
+
+
+@pytest.mark.parametrize("until", ["encode", "prototypes"])
+def test_a_run_ends_after_the_stage_it_is_asked_for(cohort: Path, tmp_path: Path, until: str) -> None:
+    counts = _counts(_run(cohort, tmp_path / "s", until=until, pairs={"mode": "knn"}))
+    assert list(counts)[-1] == until
+    status = read_status(tmp_path / "s")
+    assert status.complete
+    assert [stage.stage for stage in status.stages if stage.asked] == list(counts)
+
+
+def test_an_unknown_last_stage_is_refused(cohort: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'fitting', which is no stage; stages are encode, prototypes, match, fit"):
+        _run(cohort, tmp_path / "s", until="fitting")
+
+
+def test_pairs_without_a_match_are_remembered(cohort: Path, tmp_path: Path) -> None:
+    out, nothing = tmp_path / "s", {"epsilon": 1.0, "spatial": {"enabled": False}}
+    assert _counts(_run(cohort, out, until="match", match=nothing))["match"] == (6, 0, 0)
+    assert tables.read_table(out, "correspondences").num_rows == 0
+    assert len(tables.read_table(out, "unmatched")) == 6
+    assert read_status(out).complete
+    assert _counts(_run(cohort, out, until="match", match=nothing))["match"] == (0, 6, 0)
+    assert _counts(_run(cohort, out, until="match"))["match"] == (6, 0, 0)
+    assert tables.read_table(out, "unmatched").num_rows == 0
+    assert read_status(out).complete
+
+
+def test_matches_lost_during_a_run_are_noticed(cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import pair_stages
+
+    monkeypatch.setattr(pair_stages.results, "merge_rows", lambda *arguments: None)
+    with pytest.raises(StudyError, match=r"no result for .*b__a"):
+        _run(cohort, tmp_path / "s", until="match")
 
 
 def test_pairs_file_and_mode_words(cohort: Path, tmp_path: Path) -> None:

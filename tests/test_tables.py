@@ -72,6 +72,13 @@ def test_absent_table_is_empty(tmp_path):
     assert table.schema == SCHEMAS["metrics"]
 
 
+def test_some_columns_only(tmp_path):
+    assert read_table(tmp_path, "failures", ["unit"]).column_names == ["unit"]
+    write_part(tmp_path, "failures", "a", _failures("u1", "u2"))
+    assert read_part(tmp_path, "failures", "a", ["unit", "stage"])["unit"].to_pylist() == ["u1", "u2"]
+    assert read_table(tmp_path, "failures", ["unit"]).to_pydict() == {"unit": ["u1", "u2"]}
+
+
 def test_nan_and_absent_values_are_null(tmp_path):
     table = table_from_rows("metrics", [{"pair": "p", "dice": np.float32("nan"), "label": np.int64(2)}, {}])
     assert table["dice"].null_count == 2

@@ -102,7 +102,7 @@ def read_reference(store: EmbeddingStore, subject: Subject) -> Reference:
     Raises:
         ImageError: naming the file, for labels on another grid among others.
     """
-    geometry = store.read(subject.subject).geometry
+    geometry = store.geometry(subject.subject)
     labels = read_labels(subject.label, geometry) if subject.label else None
     landmarks = read_landmarks(subject.landmarks, geometry) if subject.landmarks else None
     return Reference(geometry, labels, landmarks)

@@ -6,9 +6,9 @@ Reads what the prototype stage wrote, and nothing else, and writes one part of c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ from pipeline.stages.roi_sets import SubjectRois, read_rois
 from storage import tables
 from storage.embeddings import EmbeddingStore
 from storage.geometry import moving_to_fixed
+
+Columns = Mapping[str, npt.NDArray[Any]]
+_NAMES = {"pair": "pair", "moving": "moving", "fixed": "fixed", "key": "match_key"}
 
 
 @dataclass(frozen=True)
@@ -52,37 +55,35 @@ class _Named:
 
 def task(config: StudyConfig, root: Path, store: EmbeddingStore) -> Task:
     """The task of matching, for `pipeline.dispatch`."""
-    return Task("match", partial(_build, config.match, root, store))
+    return Task("match", partial(_build, config.match, config.execution.tile, root, store))
 
 
 def _build(
-    config: MatchConfig, root: Path, store: EmbeddingStore, device: str
+    config: MatchConfig, tile: int, root: Path, store: EmbeddingStore, device: str
 ) -> Callable[[MatchUnit], list[float | Failure]]:
-    return partial(run_unit, root, store, config)
+    """Subjects are kept from tile to tile: the fixed ones of a row of tiles, the moving ones of the last two."""
+    rois_of = lru_cache(maxsize=3 * tile)(partial(read_rois, store))
+    return partial(run_unit, root, rois_of, config)
 
 
-def run_unit(root: Path, store: EmbeddingStore, config: MatchConfig, unit: MatchUnit) -> list[float | Failure]:
+def run_unit(
+    root: Path, rois_of: Callable[[str], SubjectRois], config: MatchConfig, unit: MatchUnit
+) -> list[float | Failure]:
     """Match the pairs of a tile and merge their rows into its part; seconds or Failure of each pair."""
-    subjects: dict[str, SubjectRois] = {}
-    names = tables.CORRESPONDENCES.names
-    pieces = [tables.table_from_rows("correspondences", [])]
-
-    def rois_of(name: str) -> SubjectRois:
-        if name not in subjects:
-            subjects[name] = read_rois(store, name)
-        return subjects[name]
+    found: dict[PlannedPair, Columns] = {}
 
     def match_pair(named: _Named) -> float:
         moving, fixed = rois_of(named.pair.moving), rois_of(named.pair.fixed)
         start = time.perf_counter()
-        found = match_rois(moving, fixed, config)
+        matches = match_rois(moving, fixed, config)
         seconds = time.perf_counter() - start
-        pieces.append(pa.table(_rows(named.pair, moving, fixed, found)).select(names).cast(pieces[0].schema))
+        found[named.pair] = _columns(moving, fixed, matches)
         return seconds
 
     outcomes = [attempt(match_pair, _Named(pair)) for pair in unit.pairs]
-    matched = [pair.pair for pair, out in zip(unit.pairs, outcomes, strict=True) if not isinstance(out, Failure)]
-    results.merge_rows(root, "correspondences", unit.part, pa.concat_tables(pieces), matched)
+    matched = [pair.pair for pair in found]
+    results.merge_rows(root, "correspondences", unit.part, _table(found), matched)
+    results.merge_rows(root, "unmatched", unit.part, _unmatched(found), matched)
     return outcomes
 
 
@@ -99,20 +100,10 @@ def match_rois(moving: SubjectRois, fixed: SubjectRois, config: MatchConfig) -> 
     return match_classes(moving.roi_class, fixed.roi_class, moving.probability, fixed.probability)
 
 
-def _rows(
-    pair: PlannedPair, moving: SubjectRois, fixed: SubjectRois, found: Matches
-) -> dict[str, npt.NDArray[Any] | list[str]]:
-    """Columns of the correspondences of one pair."""
+def _columns(moving: SubjectRois, fixed: SubjectRois, found: Matches) -> Columns:
+    """Columns of the correspondences of one pair, but for the names."""
     i, j = found.moving_index, found.fixed_index
-    columns: dict[str, npt.NDArray[Any] | list[str]] = {
-        name: [value] * len(i)
-        for name, value in (
-            ("pair", pair.pair),
-            ("moving", pair.moving),
-            ("fixed", pair.fixed),
-            ("key", pair.match_key),
-        )
-    }
+    columns: dict[str, npt.NDArray[Any]] = {}
     for role, rois, chosen in (("moving", moving, i), ("fixed", fixed, j)):
         columns[f"{role}_roi"] = rois.roi[chosen]
         columns[f"{role}_slice"] = rois.rois.slice[chosen]
@@ -124,3 +115,27 @@ def _rows(
         columns[name] = getattr(found, name)
     columns["rank"] = np.arange(len(i), dtype=np.int32)
     return columns
+
+
+def _table(found: Mapping[PlannedPair, Columns]) -> pa.Table:
+    """The correspondences of a tile, sorted by pair."""
+    if not found:
+        return tables.table_from_rows("correspondences", [])
+    pairs = sorted(found, key=lambda pair: pair.pair)
+    parts = [found[pair] for pair in pairs]
+    which = pa.array(np.repeat(np.arange(len(pairs)), [len(part["rank"]) for part in parts]))
+    names = {column: _names(pairs, attribute).take(which) for column, attribute in _NAMES.items()}
+    values = {column: pa.array(np.concatenate([part[column] for part in parts])) for column in parts[0]}
+    schema = tables.CORRESPONDENCES
+    return pa.table(names | values).select(schema.names).cast(schema)
+
+
+def _unmatched(found: Mapping[PlannedPair, Columns]) -> pa.Table:
+    """The pairs of a tile without any match."""
+    pairs = [pair for pair, columns in found.items() if not len(columns["rank"])]
+    names = {column: _names(pairs, attribute) for column, attribute in _NAMES.items()}
+    return pa.table(names, schema=tables.UNMATCHED)
+
+
+def _names(pairs: Sequence[PlannedPair], attribute: str) -> pa.Array:
+    return pa.array([getattr(pair, attribute) for pair in pairs], pa.string())

@@ -41,7 +41,7 @@ def read_rois(store: EmbeddingStore, subject: str) -> SubjectRois:
     if stored is None:
         raise FileNotFoundError(f"no prototypes of subject {subject!r} in {store.root}")
     arrays = stored[1]
-    geometry = store.read(subject).geometry
+    geometry = store.geometry(subject)
     rois = RoiSet(
         prototypes=arrays["prototypes"],
         slice=arrays["slice"],
