@@ -119,13 +119,21 @@ def _fit_key(config: StudyConfig, match_key: str, moving: InputDigests, fixed: I
         _plain(
             {
                 "match": match_key,
-                "fit": dataclasses.asdict(config.fit),
+                "fit": _fit_settings(config),
                 "labels": [moving.label, fixed.label],
                 "landmarks": [moving.landmarks, fixed.landmarks],
                 "version": VERSIONS["fit"],
             }
         )
     )
+
+
+def _fit_settings(config: StudyConfig) -> dict[str, Any]:
+    """Settings of the fit; those of a refinement that is off change nothing. Its images are in the match key."""
+    settings = dataclasses.asdict(config.fit)
+    if config.fit.refine.method == "none":
+        del settings["refine"]
+    return settings
 
 
 def _plain(value: Any) -> Any:

@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from actors.input_config import InputConfig
 from pipeline import results
 from pipeline.config import StudyConfig
 from pipeline.dispatch import Failure, Task, attempt
 from pipeline.folder import StudyFolder
 from pipeline.keys import PlannedPair
 from pipeline.stages.evaluate import WORSE_THAN_AFFINE, Reference, Row, evaluate
+from pipeline.stages.refine import Volume, refine
 from storage.cohort import Subject
 from storage.embeddings import EmbeddingStore, SubjectEmbedding
 from storage.geometry import moving_to_fixed
-from storage.images import read_labels
+from storage.images import read_image, read_labels, to_uint8
 from storage.landmarks import read_landmarks
 from storage.transforms import write_transform
 
@@ -66,14 +68,18 @@ class _PairUnit:
 
 def task(config: StudyConfig, folder: StudyFolder) -> Task:
     """The task of fitting, for `pipeline.dispatch`."""
-    return Task("fit", partial(_build, config.fit, folder))
+    return Task("fit", partial(_build, config.fit, config.input, folder))
 
 
-def _build(config: FitConfig, folder: StudyFolder, device: str) -> Callable[[FitUnit], list[list[Row] | Failure]]:
-    return partial(run_unit, folder, EmbeddingStore(folder.embeddings), config)
+def _build(
+    config: FitConfig, image_config: InputConfig, folder: StudyFolder, device: str
+) -> Callable[[FitUnit], list[list[Row] | Failure]]:
+    return partial(run_unit, folder, EmbeddingStore(folder.embeddings), config, image_config)
 
 
-def run_unit(folder: StudyFolder, store: EmbeddingStore, config: FitConfig, unit: FitUnit) -> list[list[Row] | Failure]:
+def run_unit(
+    folder: StudyFolder, store: EmbeddingStore, config: FitConfig, image_config: InputConfig, unit: FitUnit
+) -> list[list[Row] | Failure]:
     """Fit and evaluate each pair; its metrics rows, or the Failure, of each."""
     names = [pair.pair for pair in unit.pairs]
     matches = results.rows_of(folder.root, "correspondences", unit.part, names)
@@ -82,8 +88,12 @@ def run_unit(folder: StudyFolder, store: EmbeddingStore, config: FitConfig, unit
     def reference(name: str) -> Reference:
         return read_reference(store, unit.subjects[name])
 
+    @lru_cache(maxsize=2 * len(unit.pairs))
+    def intensities(name: str) -> Volume:
+        return read_intensities(unit.subjects[name], image_config)
+
     def fit_one(item: _PairUnit) -> list[Row]:
-        return fit_pair(folder, store, config, item, reference)
+        return fit_pair(folder, store, config, item, reference, intensities)
 
     return [
         attempt(fit_one, _PairUnit(pair, matches[pair.pair], seconds))
@@ -103,32 +113,48 @@ def read_reference(store: EmbeddingStore, subject: Subject) -> Reference:
     return Reference(geometry, labels, landmarks)
 
 
+def read_intensities(subject: Subject, config: InputConfig) -> Volume:
+    """Intensities of a subject as its segmenter saw them, float32 [D, H, W] 0..255; of RGB the mean channel.
+
+    Raises:
+        ImageError: for an image that cannot be used.
+    """
+    shown = to_uint8(read_image(subject.image, config.slice_axis), config.percentiles, config.window)
+    return shown.mean(axis=3, dtype=np.float32)
+
+
 def fit_pair(
     folder: StudyFolder,
     store: EmbeddingStore,
     config: FitConfig,
     item: _PairUnit,
     reference: Callable[[str], Reference],
+    intensities: Callable[[str], Volume],
 ) -> list[Row]:
-    """Fit one pair, write its transform, and return its metrics rows."""
+    """Fit one pair, refine it if asked to, write its transform, and return its metrics rows."""
     from pipeline.algorithms.ddf import fit_ddf
 
     pair = item.pair
     fixed, moving = store.read(pair.fixed), store.read(pair.moving)
     known_fixed, known_moving = reference(pair.fixed), reference(pair.moving)
     start = time.perf_counter()
-    result = fit_ddf(
-        roi_pairs(fixed, moving, item.matches),
-        fixed.geometry.shape,
+    spaces = (
         fixed.geometry.spacing_mm,
         moving.geometry.spacing_mm,
         moving_to_fixed(fixed.geometry, moving.geometry),
-        config,
     )
+    result = fit_ddf(roi_pairs(fixed, moving, item.matches), fixed.geometry.shape, *spaces, config)
     seconds = time.perf_counter() - start
-    rows = evaluate(known_fixed, known_moving, result)
+    refined, seconds_refine = None, None
+    if config.refine.method != "none":
+        images = intensities(pair.fixed), intensities(pair.moving)
+        start = time.perf_counter()
+        refined = refine(*images, result.ddf, *spaces, config.refine)
+        seconds_refine = time.perf_counter() - start
+    rows = evaluate(known_fixed, known_moving, result, refined)
     signature = {"pair": pair.pair, "moving": pair.moving, "fixed": pair.fixed, "key": pair.fit_key}
-    write_transform(folder.transform(pair.pair), result.ddf, fixed.geometry, signature, moving.geometry)
+    written = result.ddf if refined is None else refined
+    write_transform(folder.transform(pair.pair), written, fixed.geometry, signature, moving.geometry)
     shared = {
         "pair": pair.pair,
         "moving": pair.moving,
@@ -139,6 +165,7 @@ def fit_pair(
         "flag": _flag(rows[0], result),
         "seconds_match": item.seconds_match,
         "seconds_fit": seconds,
+        "seconds_refine": seconds_refine,
         "key": pair.fit_key,
     }
     return [{**row, **shared} for row in rows]
