@@ -24,11 +24,11 @@ from storage.embeddings import EmbeddingStore
 from storage.transforms import itk_to_ddf, read_transform
 from tests import phantoms
 
-QUICK = RefineConfig("demons", iterations=(15, 15))
+QUICK = RefineConfig("demons", iterations=(20, 20))
 GRIDS = {
     "flat": ((1, 48, 56), (1.0, 1.0, 1.0)),
     "thick slices": ((4, 48, 56), (8.0, 1.5, 1.5)),
-    "isotropic": ((20, 28, 32), (1.2, 1.2, 1.2)),
+    "isotropic": ((26, 36, 40), (1.2, 1.2, 1.2)),
 }
 
 
@@ -57,12 +57,12 @@ def error(ddf: np.ndarray, truth: np.ndarray) -> float:
 def test_it_finds_a_small_deformation_that_the_field_misses(name: str) -> None:
     shape, spacing = GRIDS[name]
     flat = name != "isotropic"
-    moving, truth = textured(shape, flat), ripple(shape, spacing, flat, 2.0 * spacing[2])
+    moving, truth = textured(shape, flat), ripple(shape, spacing, flat, 1.5 * spacing[2])
     fixed = warp.warp_image(moving, warp.moving_indices(truth, spacing, np.eye(4), spacing))
     start = np.zeros_like(truth)
     refined = refine(fixed, moving, start, spacing, spacing, np.eye(4), QUICK)
     assert refined.dtype == np.float32
-    assert error(refined, truth) < 0.4 * error(start, truth)
+    assert error(refined, truth) < 0.5 * error(start, truth)
     assert metrics.jacobian_stats(refined, spacing).fold_fraction == 0
     if flat:
         assert not refined[0].any()
@@ -78,7 +78,7 @@ def test_it_composes_with_the_field_across_two_grids() -> None:
     truth = warp.compose(start, ripple(shape, spacing, True, 3.0), spacing)
     fixed = warp.warp_image(moving, warp.moving_indices(truth, spacing, offset, coarse))
     refined = refine(0.6 * fixed + 40, moving, start, spacing, coarse, offset, QUICK)
-    assert error(refined, truth) < 0.4 * error(start, truth)
+    assert error(refined, truth) < 0.5 * error(start, truth)
 
 
 def test_composition_is_that_of_the_maps() -> None:

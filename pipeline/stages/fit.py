@@ -120,7 +120,7 @@ def read_intensities(subject: Subject, config: InputConfig) -> Volume:
         ImageError: for an image that cannot be used.
     """
     shown = to_uint8(read_image(subject.image, config.slice_axis), config.percentiles, config.window)
-    return shown.mean(axis=3, dtype=np.float32)
+    return np.asarray(shown.mean(axis=3, dtype=np.float32))
 
 
 def fit_pair(
@@ -147,9 +147,9 @@ def fit_pair(
     seconds = time.perf_counter() - start
     refined, seconds_refine = None, None
     if config.refine.method != "none":
-        images = intensities(pair.fixed), intensities(pair.moving)
+        here, there = intensities(pair.fixed), intensities(pair.moving)
         start = time.perf_counter()
-        refined = refine(*images, result.ddf, *spaces, config.refine)
+        refined = refine(here, there, result.ddf, *spaces, config.refine)
         seconds_refine = time.perf_counter() - start
     rows = evaluate(known_fixed, known_moving, result, refined)
     signature = {"pair": pair.pair, "moving": pair.moving, "fixed": pair.fixed, "key": pair.fit_key}

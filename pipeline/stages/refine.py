@@ -10,6 +10,7 @@ and the one slice of a 2D image, are refined in plane: across them there is too 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -55,12 +56,13 @@ def refine(
             moving, warp.moving_indices(ddf, spacing_mm, moving_to_fixed, moving_spacing_mm), fill=np.nan
         )
         moved = np.where(np.isnan(moved), fixed, moved)  # no force where the moving image has ended
-        images = [
-            _reduced(_normalised(a, spacing_mm, config.window * h0, flat), spacing_mm, voxel_mm, flat)
-            for a in (fixed, moved)
-        ]
-        update = _demons(*images, spacing_mm, ddf.shape[1:], (iterations, config.smoothing), flat)
-        ddf = _guarded(ddf, update, spacing_mm)
+        here, there = (
+            _reduced(_normalised(image, spacing_mm, config.window * h0, flat), spacing_mm, voxel_mm, flat)
+            for image in (fixed, moved)
+        )
+        coarse_mm = [step * n / k for step, n, k in zip(spacing_mm, fixed.shape, here.shape, strict=True)]
+        update = _demons(here, there, coarse_mm, iterations, config.smoothing, flat)
+        ddf = _guarded(ddf, np.stack([_resampled(component, fixed.shape) for component in update]), spacing_mm)
     return ddf
 
 
@@ -69,11 +71,10 @@ def _guarded(
 ) -> npt.NDArray[np.float32]:
     """The field with the largest of update, update / 2, update / 4 ... that folds no voxel anew, or as it was."""
     whole = metrics.jacobian_determinant(ddf, spacing_mm) > 0
-    for _ in range(_HALVINGS):
-        refined = warp.compose(ddf, update, spacing_mm)
+    for halvings in range(_HALVINGS):
+        refined = warp.compose(ddf, update / 2**halvings, spacing_mm)
         if (metrics.jacobian_determinant(refined, spacing_mm)[whole] > 0).all():
             return refined
-        update = update / 2
     return ddf
 
 
@@ -102,23 +103,22 @@ def _resampled(image: npt.NDArray[np.floating[Any]], shape: tuple[int, ...]) -> 
 
 
 def _demons(
-    fixed: Volume, moved: Volume, spacing_mm: Triple, shape: tuple[int, int, int], config: tuple[int, float], flat: bool
+    fixed: Volume, moved: Volume, spacing_mm: Sequence[float], iterations: int, smoothing: float, flat: bool
 ) -> npt.NDArray[np.float32]:
-    """Update [3, *shape] mm that carries `moved` onto `fixed`, both [d, h, w] samples of a grid of `shape`."""
-    step = [s * n / k for s, n, k in zip(spacing_mm, shape, fixed.shape, strict=True)]
+    """Update [3, d, h, w] mm that carries `moved` onto `fixed`, both [d, h, w]; slice by slice where `flat`."""
     update = np.zeros((3, *fixed.shape), np.float32)
     if flat:
-        for z, pair in enumerate(zip(fixed, moved, strict=True)):
-            update[1:, z] = _filter(*pair, step[1:], *config)
+        for z, (here, there) in enumerate(zip(fixed, moved, strict=True)):
+            update[1:, z] = _filter(here, there, spacing_mm[1:], iterations, smoothing)
     else:
-        update[:] = _filter(fixed, moved, step, *config)
-    return np.stack([_resampled(component, shape) for component in update])
+        update[:] = _filter(fixed, moved, spacing_mm, iterations, smoothing)
+    return update
 
 
 def _filter(
-    fixed: Volume, moved: Volume, spacing_mm: list[float], iterations: int, smoothing: float
+    fixed: Volume, moved: Volume, spacing_mm: Sequence[float], iterations: int, smoothing: float
 ) -> npt.NDArray[np.float64]:
-    """Diffeomorphic demons of a plane or a volume: mm along its axes."""
+    """SimpleITK's diffeomorphic demons of two planes or volumes: [2 or 3, ...] mm along their axes."""
     demons = sitk.DiffeomorphicDemonsRegistrationFilter()
     demons.SetNumberOfThreads(1)  # a worker has one core
     demons.SetNumberOfIterations(iterations)
@@ -129,4 +129,4 @@ def _filter(
     for image in images:
         image.SetSpacing(spacing_mm[::-1])
     field = sitk.GetArrayFromImage(demons.Execute(*images))
-    return np.moveaxis(field, -1, 0)[::-1]
+    return np.asarray(np.moveaxis(field, -1, 0)[::-1])
