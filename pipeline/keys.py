@@ -117,8 +117,12 @@ def _match_settings(config: StudyConfig) -> Any:
 
 
 def _fit_settings(config: StudyConfig) -> Any:
+    """Settings of the fit; those of a step that is off change nothing. A refinement's images are in the match key."""
+    fit = dataclasses.asdict(config.fit)
+    if config.fit.refine.method == "none":
+        del fit["refine"]
     evaluated = {"evaluate": dataclasses.asdict(config.evaluate)} if config.evaluate.pseudo_folds else {}
-    return _plain({"fit": dataclasses.asdict(config.fit), **evaluated, "version": VERSIONS["fit"]})
+    return _plain({"fit": fit, **evaluated, "version": VERSIONS["fit"]})
 
 
 def _plain(value: Any) -> Any:

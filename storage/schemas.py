@@ -131,6 +131,21 @@ def _tre(prefix: str, meaning: str) -> _Columns:
     ]
 
 
+_REFINED: _Columns = [
+    (f"{name}_refined", _MEASURE, unit, f"{name} after the intensity refinement; empty when that is off")
+    for name, unit in (
+        ("dice", "1"),
+        ("tre_mm", "mm"),
+        ("tre_vox", "voxel"),
+        ("landmark_tre_mm", "mm"),
+        ("landmark_tre_vox", "voxel"),
+        ("hd95_mm", "mm"),
+        ("hd95_vox", "voxel"),
+        ("sdlogj", "1"),
+        ("fold_fraction", "1"),
+    )
+]
+
 METRICS = _schema(
     [
         *_PAIR,
@@ -166,6 +181,7 @@ METRICS = _schema(
             "1",
             "part of the fixed grid with Jacobian determinant <= 0",
         ),
+        *_REFINED,
         ("n_rois", _INT, "", "matched ROI pairs in the fit"),
         ("n_slices", _INT, "", "fixed slices that hold a matched ROI"),
         ("fallback", _TEXT, "", "simpler model used instead: none, affine, translation or identity"),
@@ -177,6 +193,7 @@ METRICS = _schema(
         ),
         ("seconds_match", _MEASURE, "s", "wall time of matching"),
         ("seconds_fit", _MEASURE, "s", "wall time of the fit"),
+        ("seconds_refine", _MEASURE, "s", "wall time of the intensity refinement; empty when that is off"),
         *_KEY,
     ]
 )

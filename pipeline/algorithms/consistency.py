@@ -44,7 +44,7 @@ class SpatialConfig:
         reach: how far pairs inform the local map, as a share of the spread of the fixed ROIs.
         second: least score of the second partner that `one_to_one: hybrid` allows.
         calibration: constant, similarity and root of overlap in the logit of `confidence`. The defaults were fitted to
-            hearts of other subjects with the default segmenter; `benchmarks/matching_quality.py` shows how far they hold.
+            hearts of other subjects with the default segmenter; see `benchmarks/matching_quality.py`.
         prior_mm: see `pipeline.algorithms.affine.ridge_affine`.
         track_support: weight of the tracks' votes in the last selection, see `pipeline.algorithms.track_support`.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,33 @@ DEFAULT_LEVELS = (
 
 
 @dataclass(frozen=True)
+class RefineConfig:
+    """Settings of the intensity refinement after the fit, `pipeline.stages.refine`.
+
+    Attributes:
+        method: `none` (off), or `demons`, for images of like contrast.
+        iterations: per level, coarse to fine; the last level works on voxels of the smallest fixed spacing h0, each
+            one before it on voxels twice as large.
+        smoothing: standard deviation of the Gaussian that smooths the update, in voxels of the level.
+        window: standard deviation in h0 of the Gaussian whose local mean and contrast intensities are measured by.
+        thick: slices more than this many times as thick as their pixels are refined one by one, in plane.
+    """
+
+    method: Literal["none", "demons"] = "none"
+    iterations: tuple[int, ...] = (30, 30, 15)
+    smoothing: float = 2.0
+    window: float = 8.0
+    thick: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.iterations or min(self.iterations) < 0 or not any(self.iterations):
+            raise ValueError(f"fit.refine.iterations is {self.iterations}; expected counts >= 0, one of them positive")
+        for name in ("smoothing", "window", "thick"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"fit.refine.{name} is {getattr(self, name)}; expected a number above 0")
+
+
+@dataclass(frozen=True)
 class FitConfig:
     """Settings of the displacement fit.
 
@@ -45,6 +73,7 @@ class FitConfig:
         confidence_power: a pair weighs its confidence to this power.
         points_per_roi: about how many voxels of a ROI vote, for each of its slices.
         levels: coarse to fine.
+        refine: refinement on the intensities afterwards, off by default.
     """
 
     smoothness: float = 0.001
@@ -56,3 +85,4 @@ class FitConfig:
     confidence_power: float = 2.0
     points_per_roi: int = 120
     levels: tuple[Level, ...] = field(default=DEFAULT_LEVELS)
+    refine: RefineConfig = RefineConfig()

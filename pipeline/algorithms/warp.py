@@ -90,3 +90,15 @@ def warp_points(points_mm: Array, ddf: npt.NDArray[np.floating], spacing_mm: tup
     index = (points_mm / np.asarray(spacing_mm)).T
     shift = [ndimage.map_coordinates(component, index, order=1, mode="nearest") for component in ddf]
     return np.asarray(points_mm + np.stack(shift, axis=1))
+
+
+def compose(
+    u: npt.NDArray[np.floating], v: npt.NDArray[np.floating], spacing_mm: tuple[float, float, float]
+) -> npt.NDArray[np.float32]:
+    """u followed by the update v, w(q) = v(q) + u(q + v(q)): float32 [3, D, H, W] mm; both on the same grid.
+
+    Outside the grid u is that of the nearest voxel.
+    """
+    index = np.indices(u.shape[1:], dtype=np.float64) + v / np.asarray(spacing_mm)[:, None, None, None]
+    carried = [ndimage.map_coordinates(component, index, order=1, mode="nearest") for component in u]
+    return np.asarray(v + np.stack(carried), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Evaluate a fitted field against labels and landmarks: before, centre-aligned, affine part alone, final.
+"""Evaluate a fitted field against labels and landmarks: before, centre-aligned, affine part alone, final, refined.
 
 Label rows are those of the union of labels of the two maps; a label that one map lacks has Dice 0 and no
 distance. Label 0 is the mean over the labels that both maps hold.
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from pipeline.algorithms.ddf import FitResult
 
 Row = dict[str, Any]
+Field = npt.NDArray[np.float32]
+Fields = dict[str, Field]  # by the ending of their columns
 WORSE_THAN_AFFINE = 0.05
 
 
@@ -37,21 +39,25 @@ class Reference:
     landmarks: npt.NDArray[np.float64] | None = None
 
 
-def evaluate(fixed: Reference, moving: Reference, fit: FitResult) -> list[Row]:
+def evaluate(fixed: Reference, moving: Reference, fit: FitResult, refined: Field | None = None) -> list[Row]:
     """Metric rows of one pair without its names: label 0 first, then the labels in order.
+
+    Args:
+        refined: the field [3, D, H, W] mm after intensity refinement, where there was one.
 
     Raises:
         ValueError: for landmark files of different length.
     """
-    shared = {**_field_columns(fit, fixed.geometry), **_landmark_columns(fixed, moving, fit)}
+    fields = {"": fit.ddf} if refined is None else {"": fit.ddf, "_refined": refined}
+    shared = {**_field_columns(fields, fixed.geometry), **_landmark_columns(fixed, moving, fit, fields)}
     if fixed.labels is None or moving.labels is None:
         return [{"label": 0, **shared}]
-    rows = _label_rows(fixed, moving, fit)
+    rows = _label_rows(fixed, moving, fit, fields)
     mean = _mean_row([row for row in rows if row.pop("in_both")])
     return [{**row, **shared} for row in [mean, *rows]]
 
 
-def _label_rows(fixed: Reference, moving: Reference, fit: FitResult) -> list[Row]:
+def _label_rows(fixed: Reference, moving: Reference, fit: FitResult, fields: Fields) -> list[Row]:
     assert fixed.labels is not None
     assert moving.labels is not None
     values = sorted((set(np.unique(fixed.labels)) | set(np.unique(moving.labels))) - {0})
@@ -59,35 +65,38 @@ def _label_rows(fixed: Reference, moving: Reference, fit: FitResult) -> list[Row
         {"label": int(v), "in_both": bool((fixed.labels == v).any() and (moving.labels == v).any())} for v in values
     ]
     spacing = fixed.geometry.spacing_mm
-    for stage, ending in (("before", "_before"), ("centered", "_centered"), ("affine", "_affine"), ("final", "")):
-        moved = _moved_labels(fixed, moving, fit, stage)
+    for ending in ("_before", "_centered", "_affine", *fields):
+        moved = _moved_labels(fixed, moving, fit, fields.get(ending), ending)
         for row in rows:
             here, there = fixed.labels == row["label"], moved == row["label"]
             row[f"dice{ending}"] = metrics.dice(here, there)
-            if stage == "centered" or not here.any() or not there.any():
+            if ending == "_centered" or not here.any() or not there.any():
                 continue
             row[f"tre_vox{ending}"] = metrics.centroid_distance(here, there, (1.0, 1.0, 1.0))
             if fixed.geometry.has_spacing:
                 row[f"tre_mm{ending}"] = metrics.centroid_distance(here, there, spacing)
-            if stage == "affine":
+            if ending == "_affine":
                 continue
             if fixed.geometry.has_spacing:
                 row[f"hd95_mm{ending}"] = metrics.hd95(here, there, spacing)
-            if stage == "final":
-                row["hd95_vox"] = metrics.hd95(here, there, (1.0, 1.0, 1.0))
+            if ending in fields:
+                row[f"hd95_vox{ending}"] = metrics.hd95(here, there, (1.0, 1.0, 1.0))
     return rows
 
 
-def _moved_labels(fixed: Reference, moving: Reference, fit: FitResult, stage: str) -> npt.NDArray[np.int32]:
-    """Moving labels on the fixed grid under one of the four maps."""
+def _moved_labels(
+    fixed: Reference, moving: Reference, fit: FitResult, ddf: Field | None, ending: str
+) -> npt.NDArray[np.int32]:
+    """Moving labels on the fixed grid under a field, or under the affine map of that ending."""
     assert moving.labels is not None
     shape, spacing = fixed.geometry.shape, fixed.geometry.spacing_mm
-    affine = {
-        "before": np.eye(4),
-        "centered": center_alignment(fixed.geometry, moving.geometry),
-        "affine": fit.affine,
-    }
-    ddf = fit.ddf if stage == "final" else warp.affine_ddf(affine[stage], shape, spacing)
+    if ddf is None:
+        affine = {
+            "_before": np.eye(4),
+            "_centered": center_alignment(fixed.geometry, moving.geometry),
+            "_affine": fit.affine,
+        }
+        ddf = warp.affine_ddf(affine[ending], shape, spacing)
     between = moving_to_fixed(fixed.geometry, moving.geometry)
     return warp.warp_labels(moving.labels, warp.moving_indices(ddf, spacing, between, moving.geometry.spacing_mm))
 
@@ -99,7 +108,7 @@ def _mean_row(rows: list[Row]) -> Row:
     return {"label": 0, **{name: float(np.mean(values)) for name, values in means.items() if values}}
 
 
-def _landmark_columns(fixed: Reference, moving: Reference, fit: FitResult) -> Row:
+def _landmark_columns(fixed: Reference, moving: Reference, fit: FitResult, fields: Fields) -> Row:
     """Mean landmark distances; a fixed landmark is carried into the moving image by the pull-back field."""
     if fixed.landmarks is None or moving.landmarks is None:
         return {}
@@ -112,7 +121,7 @@ def _landmark_columns(fixed: Reference, moving: Reference, fit: FitResult) -> Ro
     carried = {
         "_before": fixed.landmarks,
         "_affine": warp.apply_affine(fit.affine, fixed.landmarks),
-        "": warp.warp_points(fixed.landmarks, fit.ddf, fixed.geometry.spacing_mm),
+        **{ending: warp.warp_points(fixed.landmarks, ddf, fixed.geometry.spacing_mm) for ending, ddf in fields.items()},
     }
     columns: Row = {}
     for ending, points in carried.items():
@@ -126,6 +135,9 @@ def _mean_distance(differences: npt.NDArray[np.float64]) -> float:
     return float(np.linalg.norm(differences, axis=1).mean())
 
 
-def _field_columns(fit: FitResult, geometry: Geometry) -> Row:
-    found = metrics.jacobian_stats(fit.ddf, geometry.spacing_mm)
-    return {"sdlogj": found.sdlogj, "fold_fraction": found.fold_fraction}
+def _field_columns(fields: Fields, geometry: Geometry) -> Row:
+    columns: Row = {}
+    for ending, ddf in fields.items():
+        found = metrics.jacobian_stats(ddf, geometry.spacing_mm)
+        columns |= {f"sdlogj{ending}": found.sdlogj, f"fold_fraction{ending}": found.fold_fraction}
+    return columns

@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from actors.input_config import InputConfig
 from pipeline import results
 from pipeline.config import StudyConfig
 from pipeline.dispatch import Failure, Task, attempt
 from pipeline.folder import StudyFolder
 from pipeline.keys import PlannedPair
 from pipeline.stages.evaluate import WORSE_THAN_AFFINE, Reference, Row, evaluate
+from pipeline.stages.refine import Volume, refine
 from storage.cohort import Subject
 from storage.embeddings import EmbeddingStore, SubjectEmbedding
 from storage.geometry import moving_to_fixed
-from storage.images import read_labels
+from storage.images import read_image, read_labels, to_uint8
 from storage.landmarks import read_landmarks
 from storage.transforms import write_transform
 
 if TYPE_CHECKING:  # these load torch, which only a process that fits needs
     from pipeline.algorithms.ddf import FitResult
-    from pipeline.algorithms.evaluate_config import EvaluateConfig
-    from pipeline.algorithms.fit_config import FitConfig
     from pipeline.algorithms.roi_fields import Roi, RoiPair
 
 
@@ -67,17 +67,15 @@ class _PairUnit:
 
 def task(config: StudyConfig, folder: StudyFolder) -> Task:
     """The task of fitting, for `pipeline.dispatch`."""
-    return Task("fit", partial(_build, config.fit, config.evaluate, folder))
+    return Task("fit", partial(_build, config, folder))
 
 
-def _build(
-    config: FitConfig, evaluated: EvaluateConfig, folder: StudyFolder, device: str
-) -> Callable[[FitUnit], list[list[Row] | Failure]]:
-    return partial(run_unit, folder, EmbeddingStore(folder.embeddings), config, evaluated)
+def _build(config: StudyConfig, folder: StudyFolder, device: str) -> Callable[[FitUnit], list[list[Row] | Failure]]:
+    return partial(run_unit, folder, EmbeddingStore(folder.embeddings), config)
 
 
 def run_unit(
-    folder: StudyFolder, store: EmbeddingStore, config: FitConfig, evaluated: EvaluateConfig, unit: FitUnit
+    folder: StudyFolder, store: EmbeddingStore, config: StudyConfig, unit: FitUnit
 ) -> list[list[Row] | Failure]:
     """Fit and evaluate each pair; its metrics rows, or the Failure, of each."""
     names = [pair.pair for pair in unit.pairs]
@@ -87,8 +85,12 @@ def run_unit(
     def reference(name: str) -> Reference:
         return read_reference(store, unit.subjects[name])
 
+    @lru_cache(maxsize=2 * len(unit.pairs))
+    def intensities(name: str) -> Volume:
+        return read_intensities(unit.subjects[name], config.input)
+
     def fit_one(item: _PairUnit) -> list[Row]:
-        return fit_pair(folder, store, config, evaluated, item, reference)
+        return fit_pair(folder, store, config, item, reference, intensities)
 
     return [
         attempt(fit_one, _PairUnit(pair, matches[pair.pair], seconds))
@@ -108,15 +110,25 @@ def read_reference(store: EmbeddingStore, subject: Subject) -> Reference:
     return Reference(geometry, labels, landmarks)
 
 
+def read_intensities(subject: Subject, config: InputConfig) -> Volume:
+    """Intensities of a subject as its segmenter saw them, float32 [D, H, W] 0..255; of RGB the mean channel.
+
+    Raises:
+        ImageError: for an image that cannot be used.
+    """
+    shown = to_uint8(read_image(subject.image, config.slice_axis), config.percentiles, config.window)
+    return np.asarray(shown.mean(axis=3, dtype=np.float32))
+
+
 def fit_pair(
     folder: StudyFolder,
     store: EmbeddingStore,
-    config: FitConfig,
-    evaluated: EvaluateConfig,
+    config: StudyConfig,
     item: _PairUnit,
     reference: Callable[[str], Reference],
+    intensities: Callable[[str], Volume],
 ) -> list[Row]:
-    """Fit one pair, write its transform, and return its metrics rows."""
+    """Fit one pair, refine it if asked to, write its transform, and return its metrics rows."""
     from pipeline.algorithms.ddf import fit_ddf
     from pipeline.algorithms.pseudo_rois import Grids, held_out_columns
 
@@ -127,16 +139,22 @@ def fit_pair(
     grids = (here.shape, here.spacing_mm, there.spacing_mm, moving_to_fixed(here, there))
 
     def fit(pairs: list[RoiPair]) -> FitResult:
-        return fit_ddf(pairs, *grids, config)
+        return fit_ddf(pairs, *grids, config.fit)
 
     start = time.perf_counter()
     rois = roi_pairs(fixed, moving, item.matches)
     result = fit(rois)
     seconds = time.perf_counter() - start
-    rows = evaluate(known_fixed, known_moving, result)
+    refined, seconds_refine = None, None
+    if config.fit.refine.method != "none":
+        volumes = intensities(pair.fixed), intensities(pair.moving)
+        start = time.perf_counter()
+        refined = refine(*volumes, result.ddf, grids[1], grids[2], grids[3], config.fit.refine)
+        seconds_refine = time.perf_counter() - start
+    rows = evaluate(known_fixed, known_moving, result, refined)
     if folder.keep_transforms:
         signature = {"pair": pair.pair, "moving": pair.moving, "fixed": pair.fixed, "key": pair.fit_key}
-        write_transform(folder.transform(pair.pair), result.ddf, here, signature, there)
+        write_transform(folder.transform(pair.pair), result.ddf if refined is None else refined, here, signature, there)
     shared = {
         "pair": pair.pair,
         "moving": pair.moving,
@@ -145,9 +163,10 @@ def fit_pair(
         "n_slices": len({z for pair in rois for z in _slices(pair.fixed)}),
         "fallback": result.fallback,
         "flag": _flag(rows[0], result, labels_in_fit(item.matches, rois, known_fixed, known_moving)),
-        **held_out_columns(rois, fit, Grids(*grids), evaluated.pseudo_folds, here.has_spacing),
+        **held_out_columns(rois, fit, Grids(*grids), config.evaluate.pseudo_folds, here.has_spacing),
         "seconds_match": item.seconds_match,
         "seconds_fit": seconds,
+        "seconds_refine": seconds_refine,
         "key": pair.fit_key,
     }
     return [{**row, **shared} for row in rows]
