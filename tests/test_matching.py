@@ -128,8 +128,8 @@ def test_consistency_corrects_what_similarity_confuses() -> None:
 def test_one_to_many_holds_under_consistency_too() -> None:
     moving, fixed = scattered(4, np.eye(4), confusable=2.0)
     doubled = RoiSet(
-        *(np.concatenate([getattr(fixed, n)] * 2) for n in ("prototypes", "slice", "centroid_mm", "area_mm2")),
-        covariance_mm2=np.concatenate([fixed.covariance_mm2] * 2),
+        *(np.repeat(getattr(fixed, n), 2, axis=0) for n in ("prototypes", "slice", "centroid_mm", "area_mm2")),
+        covariance_mm2=np.repeat(fixed.covariance_mm2, 2, axis=0),
         n_slices=fixed.n_slices,
     )
     once = pairs(moving, doubled, MatchConfig())
@@ -172,6 +172,11 @@ def test_hybrid_gives_the_surplus_slices_of_one_stack_a_partner() -> None:
     assert set(once) < set(more)
     assert len({j for _, j in more}) > 60
     assert all(i % 6 == j % 6 for i, j in more)
+
+
+def test_rois_out_of_order_are_refused() -> None:
+    with pytest.raises(ValueError, match="order of their slices"):
+        pairs(rois([angle(0), angle(1)], [1, 0]), rois([angle(0)], [0]), PAPER)
 
 
 def test_hybrid_needs_the_consistent_selection() -> None:

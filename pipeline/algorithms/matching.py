@@ -16,11 +16,10 @@ import numpy.typing as npt
 from pipeline.algorithms.affine import Affine
 from pipeline.algorithms.consistency import Candidates, Places, SpatialConfig, consistent_pairs
 from pipeline.algorithms.selection import Rule, mutual_best, one_to_one
-from pipeline.algorithms.similarity import Kind, calibrated_epsilon, compare, impossible_pairs
+from pipeline.algorithms.similarity import Band, Kind, calibrated_epsilon, compare, impossible_pairs, restrict
 
 Float = npt.NDArray[np.float32]
 Index = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class RoiSet:
 
     Attributes:
         prototypes: float32 [N, C], unit norm.
-        slice: int32 [N].
+        slice: int32 [N], ascending.
         centroid_mm: float64 [N, 3] local (z, y, x).
         area_mm2: float64 [N].
         covariance_mm2: float64 [N, 3] (yy, yx, xx).
@@ -115,20 +114,22 @@ def match(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchC
     Returns:
         Matches, possibly none. Ties are broken by (moving, fixed) index, so the result is deterministic.
     """
-    similarity = compare(moving.prototypes, fixed.prototypes, config.similarity)
-    window = slice_window(moving, fixed, moving_to_fixed, config)
-    epsilon = _epsilon(similarity, window, moving, fixed, config)
-    near = similarity * window
-    seeds = mutual_best(near, epsilon)
-    if config.spatial.enabled and len(seeds[0]) >= 3:
-        near = similarity * slice_window(moving, fixed, moving_to_fixed, config, config.spatial.widening)
+    narrow = slice_bands(moving, fixed, moving_to_fixed, config)
+    spatial = config.spatial
+    wide = slice_bands(moving, fixed, moving_to_fixed, config, spatial.widening) if spatial.enabled else narrow
+    similarity = compare(moving.prototypes, fixed.prototypes, wide, config.similarity)
+    near = restrict(similarity, narrow) if spatial.enabled else similarity
+    epsilon = _epsilon(near, narrow, moving, fixed, config)
+    seeds = mutual_best(near, epsilon) if spatial.enabled else (np.zeros(0, np.int64),) * 2
+    if len(seeds[0]) >= 3:
+        near = similarity
         i, j, score, confidence = consistent_pairs(
             (*seeds, similarity[seeds]),
-            Candidates(near, max(epsilon - config.spatial.slack, 0.0)),
+            Candidates(similarity, max(epsilon - spatial.slack, 0.0)),
             Places(fixed.centroid_mm, fixed.covariance_mm2, fixed.track),
             Places(moving.centroid_mm, moving.covariance_mm2, moving.track).moved(moving_to_fixed),
             lambda i, j, score: _select(i, j, score, moving, config),
-            config.spatial,
+            spatial,
             more=config.one_to_one == "hybrid",
         )
     else:
@@ -141,27 +142,39 @@ def match(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchC
     return _matches(i[order], j[order], confidence[order], near)
 
 
-def slice_window(
+def slice_bands(
     moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchConfig, widening: float = 1.0
-) -> Mask:
-    """Which pairs lie in the window of slices, `widening` times as wide as set: bool [N_moving, N_fixed]."""
+) -> list[Band]:
+    """The window of slices, `widening` times as wide as set: rows of each moving slice and columns in its window.
+
+    In mm, a moving slice lies where the middle of its ROIs does.
+
+    Raises:
+        ValueError: for ROIs that are not in the order of their slices.
+    """
+    if (np.diff(moving.slice) < 0).any() or (np.diff(fixed.slice) < 0).any():
+        raise ValueError("ROIs must come in the order of their slices")
     reach = config.slice_range * widening + 1e-9
-    if config.slice_unit == "mm":
-        here = moving.centroid_mm @ moving_to_fixed[0, :3] + moving_to_fixed[0, 3]
-        return np.asarray(np.abs(here[:, None] - fixed.centroid_mm[:, 0]) <= reach)
-    here, there = np.arange(moving.n_slices, dtype=np.float64), np.arange(fixed.n_slices, dtype=np.float64)
+    occupied, first = np.unique(moving.slice, return_index=True)
+    rows = [*first.tolist(), len(moving.slice)]
+    here, there = occupied.astype(np.float64), fixed.slice.astype(np.float64)
     if config.slice_unit == "relative":
         here, there = (here + 0.5) / moving.n_slices, (there + 0.5) / fixed.n_slices
-    near = np.abs(here[:, None] - there) <= reach
-    return np.asarray(np.take(near[moving.slice], fixed.slice, axis=1))
+    elif config.slice_unit == "mm" and len(here):
+        place = moving.centroid_mm @ moving_to_fixed[0, :3] + moving_to_fixed[0, 3]
+        here, there = np.add.reduceat(place, first) / np.diff(rows), fixed.centroid_mm[:, 0]
+    low, high = np.searchsorted(there, here - reach, "left"), np.searchsorted(there, here + reach, "right")
+    return [(slice(rows[n], rows[n + 1]), slice(int(low[n]), int(high[n]))) for n in range(len(here))]
 
 
-def _epsilon(similarity: Float, window: Mask, moving: RoiSet, fixed: RoiSet, config: MatchConfig) -> float:
+def _epsilon(similarity: Float, bands: list[Band], moving: RoiSet, fixed: RoiSet, config: MatchConfig) -> float:
     if not config.false_discovery:
         return config.epsilon
     depth = ((moving.slice + 0.5) / moving.n_slices, (fixed.slice + 0.5) / fixed.n_slices)
     impossible = impossible_pairs((moving.area_mm2, fixed.area_mm2), depth)
-    calibrated = calibrated_epsilon(similarity, window & ~impossible, impossible, config.false_discovery)
+    everywhere = compare(moving.prototypes, fixed.prototypes, [(slice(None), slice(None))], config.similarity)
+    window = restrict(np.ones_like(similarity), bands) > 0
+    calibrated = calibrated_epsilon(everywhere, window & ~impossible, impossible, config.false_discovery)
     return config.epsilon if calibrated is None else calibrated
 
 

@@ -57,9 +57,11 @@ def mutual_best(score: npt.NDArray[np.float32], least: float) -> tuple[Index, In
     """Rows and columns of a score matrix [N, M] that are each other's best, above `least` and above 0."""
     if not score.size:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    rows, column = np.arange(len(score)), score.argmax(axis=1)
-    good = (score.argmax(axis=0)[column] == rows) & (score[rows, column] > max(least, 0.0))
-    return rows[good], column[good]
+    column = score.argmax(axis=1)
+    best = score[np.arange(len(score)), column]
+    rows = np.flatnonzero((best >= score.max(axis=0)[column]) & (best > max(least, 0.0)))
+    rows = rows[np.sort(np.unique(column[rows], return_index=True)[1])]
+    return rows, column[rows]
 
 
 def best_of_each(group: Index, score: Score) -> Index:

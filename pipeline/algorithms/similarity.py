@@ -8,13 +8,15 @@ cannot match, and how alike such pairs are tells how alike wrong pairs get.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 Float = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
+Band: TypeAlias = tuple[slice, slice]
 Kind = Literal["cosine", "centred", "minmax"]
 
 _STEPS = 400
@@ -23,27 +25,42 @@ _DEPTH_APART = 0.5
 _NULL_ROWS = 128
 
 
-def compare(moving: Float, fixed: Float, kind: Kind) -> Float:
-    """Similarity of every pair of prototypes.
+def compare(moving: Float, fixed: Float, bands: Sequence[Band], kind: Kind) -> Float:
+    """Similarity of the pairs of prototypes in a band.
 
     Args:
         moving: float32 [N, C], unit norm.
         fixed: float32 [M, C], unit norm.
+        bands: disjoint blocks of pairs: rows, and the columns they are compared with.
         kind: "cosine"; "centred" takes what both sets have in common (the mean of their two mean prototypes) off
             first, which spreads the cosines of backends whose features all look alike; "minmax" stretches the
             cosines of this pair to 0..1, as Eq. 6 is written.
 
     Returns:
-        float32 [N, M], 0..1; negative cosines are 0.
+        float32 [N, M], 0..1; 0 outside the band and for negative cosines.
     """
     if kind == "centred" and len(moving) and len(fixed):
         middle = (moving.mean(axis=0) + fixed.mean(axis=0)) / 2
         moving, fixed = (_unit(values - middle) for values in (moving, fixed))
-    similarity = moving @ fixed.T
-    if kind == "minmax" and similarity.size:
-        low, high = similarity.min(), similarity.max()
-        similarity = (similarity - low) / max(high - low, np.float32(1e-6))
+    similarity = np.zeros((len(moving), len(fixed)), np.float32)
+    for rows, columns in bands:
+        similarity[rows, columns] = moving[rows] @ fixed[columns].T
+    if kind == "minmax":
+        inside = [similarity[band] for band in bands if similarity[band].size]
+        low = min((float(block.min()) for block in inside), default=0.0)
+        high = max((float(block.max()) for block in inside), default=1.0)
+        for block in inside:
+            block -= low
+            block /= max(high - low, 1e-6)
     return np.clip(similarity, 0, 1, out=similarity)
+
+
+def restrict(similarity: Float, bands: Sequence[Band]) -> Float:
+    """A copy that is 0 outside the bands."""
+    inside = np.zeros_like(similarity)
+    for band in bands:
+        inside[band] = similarity[band]
+    return inside
 
 
 def impossible_pairs(
