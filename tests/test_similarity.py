@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.algorithms.similarity import calibrated_epsilon, compare, impossible_pairs, restrict
+from pipeline.algorithms.similarity import Kind, alike_pairs, calibrated_epsilon, compare, impossible_pairs
 
-ALL = [(slice(None), slice(None))]
+
+def whole(moving: np.ndarray, fixed: np.ndarray, kind: Kind) -> np.ndarray:
+    (block,) = compare(moving, fixed, kind)
+    return block
 
 
 def unit(values: np.ndarray) -> np.ndarray:
@@ -16,8 +19,8 @@ def unit(values: np.ndarray) -> np.ndarray:
 
 def test_cosine_is_clipped_and_minmax_spans_the_whole_range() -> None:
     moving, fixed = unit(np.array([[1.0, 0], [0, 1]])), unit(np.array([[1.0, 0], [-1, 1]]))
-    np.testing.assert_allclose(compare(moving, fixed, ALL, "cosine"), [[1, 0], [0, np.sqrt(0.5)]], atol=1e-6)
-    stretched = compare(moving, fixed, ALL, "minmax")
+    np.testing.assert_allclose(whole(moving, fixed, "cosine"), [[1, 0], [0, np.sqrt(0.5)]], atol=1e-6)
+    stretched = whole(moving, fixed, "minmax")
     assert (stretched.min(), stretched.max()) == (0, pytest.approx(1))
 
 
@@ -25,26 +28,32 @@ def test_centring_tells_apart_what_shares_a_large_common_part() -> None:
     rng = np.random.default_rng(0)
     own = rng.normal(size=(20, 8))
     moving, fixed = (unit(10 + own + 0.1 * rng.normal(size=own.shape)) for _ in range(2))
-    spread = {kind: np.ptp(compare(moving, fixed, ALL, kind)) for kind in ("cosine", "centred")}  # type: ignore[arg-type]
+    spread = {kind: np.ptp(whole(moving, fixed, kind)) for kind in ("cosine", "centred")}  # type: ignore[arg-type]
     assert spread["cosine"] < 0.1
     assert spread["centred"] > 0.9
-    assert compare(moving, fixed, ALL, "centred").argmax(axis=1).tolist() == list(range(20))
+    assert whole(moving, fixed, "centred").argmax(axis=1).tolist() == list(range(20))
 
 
 @pytest.mark.parametrize("kind", ["cosine", "centred", "minmax"])
 def test_no_roi(kind: str) -> None:
-    assert compare(np.zeros((0, 3), np.float32), unit(np.ones((2, 3))), ALL, kind).shape == (0, 2)  # type: ignore[arg-type]
+    assert whole(np.zeros((0, 3), np.float32), unit(np.ones((2, 3))), kind).shape == (0, 2)  # type: ignore[arg-type]
 
 
-def test_outside_the_band_nothing_is_alike() -> None:
+def test_pairs_of_a_band_are_those_of_the_whole_matrix() -> None:
     values = unit(np.random.default_rng(2).uniform(0.1, 1, (6, 3)))
     bands = [(slice(0, 3), slice(0, 2)), (slice(3, 6), slice(2, 6))]
-    for kind in ("cosine", "minmax"):
-        banded, full = (compare(values, values, blocks, kind) for blocks in (bands, ALL))  # type: ignore[arg-type]
-        assert (banded[:3, 2:] == 0).all()
-        assert (banded[3:, :2] == 0).all()
-        if kind == "cosine":
-            np.testing.assert_allclose(banded, restrict(full, bands), atol=1e-6)
+    full = whole(values, values, "cosine")
+    inside = np.zeros((6, 6), bool)
+    for band in bands:
+        inside[band] = True
+    found = alike_pairs(values, values, "cosine", bands, 0.9)
+    i, j = np.nonzero((full > 0.9) & inside)
+    assert (found.i.tolist(), found.j.tolist()) == (i.tolist(), j.tolist())
+    np.testing.assert_allclose(found.similarity, full[i, j], atol=1e-6)
+    ordered = np.sort(np.where(inside, full, 0), axis=1)
+    np.testing.assert_allclose(found.best, ordered[:, -1], atol=1e-6)
+    np.testing.assert_allclose(found.second, ordered[:, -2], atol=1e-6)
+    np.testing.assert_allclose(found.margin(np.array([0]), found.best[:1]), ordered[0, -1] - ordered[0, -2], atol=1e-6)
 
 
 def test_what_is_impossible() -> None:

@@ -50,13 +50,13 @@ class SpatialConfig:
     """
 
     enabled: bool = True
-    slack: float = 0.2
+    slack: float = 0.1
     min_overlap: float = 0.2
     weight: float = 0.4
     widening: float = 2.0
     depth: float = 0.1
     affine_rounds: int = 1
-    local_rounds: int = 2
+    local_rounds: int = 1
     reach: float = 0.35
     second: float = 0.7
     calibration: tuple[float, float, float] = (-5.8, 2.3, 6.1)
@@ -88,35 +88,27 @@ class Places:
         return Places(centroid, ellipses.transform(self.covariance_mm2, matrix[1:3, 1:3]), self.track)
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """Similarities float32 [N_moving, N_fixed], 0 outside the window of slices, and what a pair must exceed."""
-
-    similarity: Float
-    epsilon: float
-
-
 def consistent_pairs(
     seeds: Pairs,
-    candidates: Candidates,
+    candidates: Pairs,
     fixed: Places,
     moving: Places,
     select: Select,
     config: SpatialConfig,
     more: bool,
-) -> tuple[Index, Index, Float, Float]:
+) -> tuple[Index, Index, Float, Float, Float]:
     """Select again under a map estimated from the seeds.
 
     Args:
         seeds: moving index, fixed index and similarity of at least three pairs.
-        candidates: what may be selected.
+        candidates: moving index, fixed index and similarity of the pairs that may be selected.
         fixed, moving: places in the fixed frame, mm.
         select: positions of the pairs that the one-to-one rule takes of scored candidates.
         config: settings.
         more: whether ROIs left over get a partner that has one already.
 
     Returns:
-        Moving index, fixed index, score 0..1 and `confidence` of the pairs.
+        Moving index, fixed index, similarity, score 0..1 and `confidence` of the pairs.
     """
     i, j, score = seeds
     here, there = fixed.centroid_mm, moving.centroid_mm
@@ -145,7 +137,7 @@ def consistent_pairs(
             break
     if more and len(i) >= 3:
         best = np.concatenate([best, _second_partners(ci, cj, joint, best, config.second)])
-    return ci[best], cj[best], joint[best], confidence(alike[best], overlap[best], config)
+    return ci[best], cj[best], alike[best], joint[best], confidence(alike[best], overlap[best], config)
 
 
 def confidence(alike: Float, overlap: Float, config: SpatialConfig) -> Float:
@@ -155,18 +147,19 @@ def confidence(alike: Float, overlap: Float, config: SpatialConfig) -> Float:
     return np.asarray(1 / (1 + np.exp(-logit)), np.float32)
 
 
-def _gated(candidates: Candidates, carried: Places, moving: Places, config: SpatialConfig) -> Pairs:
-    """Candidates above epsilon whose ellipses come near each other under the affine."""
-    gate = ellipses.may_overlap(
-        moving.centroid_mm[:, 1:],
-        moving.covariance_mm2,
-        carried.centroid_mm[:, 1:],
-        carried.covariance_mm2,
-        config.min_overlap,
+def _gated(candidates: Pairs, carried: Places, moving: Places, config: SpatialConfig) -> Pairs:
+    """Candidates whose ellipses come near each other under the affine."""
+    i, j, similarity = candidates
+    near = np.flatnonzero(
+        ellipses.may_overlap(
+            moving.centroid_mm[:, 1:].astype(np.float32)[i],
+            ellipses.largest(moving.covariance_mm2).astype(np.float32)[i],
+            carried.centroid_mm[:, 1:].astype(np.float32)[j],
+            ellipses.largest(carried.covariance_mm2).astype(np.float32)[j],
+            config.min_overlap,
+        )
     )
-    gate &= candidates.similarity > candidates.epsilon
-    i, j = np.divmod(np.flatnonzero(gate), gate.shape[1])
-    return i, j, candidates.similarity[i, j]
+    return i[near], j[near], similarity[near]
 
 
 def _overlap(carried: Places, moving: Float, j: Index, config: SpatialConfig, in_depth: bool) -> Float:

@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.algorithms.affine import Affine
-from pipeline.algorithms.consistency import Candidates, Places, SpatialConfig, consistent_pairs
-from pipeline.algorithms.selection import Rule, mutual_best, one_to_one
-from pipeline.algorithms.similarity import Band, Kind, calibrated_epsilon, compare, impossible_pairs, restrict
+from pipeline.algorithms.consistency import Places, SpatialConfig, consistent_pairs
+from pipeline.algorithms.selection import Rule, one_to_one
+from pipeline.algorithms.similarity import Band, Kind, alike_pairs, calibrated_epsilon, compare, impossible_pairs
 
 Float = npt.NDArray[np.float32]
 Index = npt.NDArray[np.int64]
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -114,18 +115,20 @@ def match(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchC
     Returns:
         Matches, possibly none. Ties are broken by (moving, fixed) index, so the result is deterministic.
     """
-    narrow = slice_bands(moving, fixed, moving_to_fixed, config)
-    spatial = config.spatial
-    wide = slice_bands(moving, fixed, moving_to_fixed, config, spatial.widening) if spatial.enabled else narrow
-    similarity = compare(moving.prototypes, fixed.prototypes, wide, config.similarity)
-    near = restrict(similarity, narrow) if spatial.enabled else similarity
-    epsilon = _epsilon(near, narrow, moving, fixed, config)
-    seeds = mutual_best(near, epsilon) if spatial.enabled else (np.zeros(0, np.int64),) * 2
-    if len(seeds[0]) >= 3:
-        near = similarity
-        i, j, score, confidence = consistent_pairs(
-            (*seeds, similarity[seeds]),
-            Candidates(similarity, max(epsilon - spatial.slack, 0.0)),
+    spatial, epsilon = config.spatial, _epsilon(moving, fixed, moving_to_fixed, config)
+    here, there = slice_places(moving, fixed, moving_to_fixed, config)
+    widening, slack = (spatial.widening, spatial.slack) if spatial.enabled else (1.0, 0.0)
+    bands = slice_bands(moving, here, there, config.slice_range * widening)
+    least = max(epsilon - slack, 0.0)
+    alike = alike_pairs(moving.prototypes, fixed.prototypes, config.similarity, bands, least)
+    inside = np.abs(here[alike.i] - there[alike.j]) <= config.slice_range + _ROUNDING
+    near = np.flatnonzero(inside & (alike.similarity > epsilon))
+    i, j, score = alike.i[near], alike.j[near], alike.similarity[near]
+    seeds = one_to_one(i, j, score, "mutual") if spatial.enabled else near[:0]
+    if len(seeds) >= 3:
+        i, j, similarity, score, confidence = consistent_pairs(
+            (i[seeds], j[seeds], score[seeds]),
+            (alike.i, alike.j, alike.similarity),
             Places(fixed.centroid_mm, fixed.covariance_mm2, fixed.track),
             Places(moving.centroid_mm, moving.covariance_mm2, moving.track).moved(moving_to_fixed),
             lambda i, j, score: _select(i, j, score, moving, config),
@@ -133,19 +136,19 @@ def match(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchC
             more=config.one_to_one == "hybrid",
         )
     else:
-        i, j = np.divmod(np.flatnonzero(near > max(epsilon, 0.0)), near.shape[1])
-        chosen = _select(i, j, near[i, j], moving, config)
+        chosen = _select(i, j, score, moving, config)
         i, j = i[chosen], j[chosen]
-        score = confidence = near[i, j]
+        similarity = score = confidence = score[chosen]
     order = np.lexsort((j, i, -score))
     order = order[_capped(moving.slice[i[order]], config)]
-    return _matches(i[order], j[order], confidence[order], near)
+    i, j, similarity = i[order], j[order], similarity[order]
+    return Matches(i, j, similarity, alike.margin(i, similarity), confidence[order])
 
 
-def slice_bands(
-    moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchConfig, widening: float = 1.0
-) -> list[Band]:
-    """The window of slices, `widening` times as wide as set: rows of each moving slice and columns in its window.
+def slice_places(
+    moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchConfig
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Where the slice of every ROI lies, in the unit of the window: [N_moving] and [N_fixed].
 
     In mm, a moving slice lies where the middle of its ROIs does.
 
@@ -154,27 +157,37 @@ def slice_bands(
     """
     if (np.diff(moving.slice) < 0).any() or (np.diff(fixed.slice) < 0).any():
         raise ValueError("ROIs must come in the order of their slices")
-    reach = config.slice_range * widening + 1e-9
-    occupied, first = np.unique(moving.slice, return_index=True)
-    rows = [*first.tolist(), len(moving.slice)]
-    here, there = occupied.astype(np.float64), fixed.slice.astype(np.float64)
+    here, there = moving.slice.astype(np.float64), fixed.slice.astype(np.float64)
     if config.slice_unit == "relative":
-        here, there = (here + 0.5) / moving.n_slices, (there + 0.5) / fixed.n_slices
-    elif config.slice_unit == "mm" and len(here):
+        return (here + 0.5) / moving.n_slices, (there + 0.5) / fixed.n_slices
+    if config.slice_unit == "mm":
         place = moving.centroid_mm @ moving_to_fixed[0, :3] + moving_to_fixed[0, 3]
-        here, there = np.add.reduceat(place, first) / np.diff(rows), fixed.centroid_mm[:, 0]
-    low, high = np.searchsorted(there, here - reach, "left"), np.searchsorted(there, here + reach, "right")
-    return [(slice(rows[n], rows[n + 1]), slice(int(low[n]), int(high[n]))) for n in range(len(here))]
+        _, member, count = np.unique(moving.slice, return_inverse=True, return_counts=True)
+        return (np.bincount(member, place) / count)[member], fixed.centroid_mm[:, 0]
+    return here, there
 
 
-def _epsilon(similarity: Float, bands: list[Band], moving: RoiSet, fixed: RoiSet, config: MatchConfig) -> float:
-    if not config.false_discovery:
+def slice_bands(
+    moving: RoiSet, here: npt.NDArray[np.float64], there: npt.NDArray[np.float64], reach: float
+) -> list[Band]:
+    """The window of slices: the ROIs of each moving slice, and the fixed ROIs in reach of it."""
+    first = np.unique(moving.slice, return_index=True)[1]
+    last = [*first[1:].tolist(), len(moving.slice)]
+    low = np.searchsorted(there, here[first] - reach - _ROUNDING, "left")
+    high = np.searchsorted(there, here[first] + reach + _ROUNDING, "right")
+    ends = zip(first.tolist(), last, low.tolist(), high.tolist(), strict=False)
+    return [(slice(start, stop), slice(left, right)) for start, stop, left, right in ends]
+
+
+def _epsilon(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchConfig) -> float:
+    if not config.false_discovery or not len(moving.slice) or not len(fixed.slice):
         return config.epsilon
     depth = ((moving.slice + 0.5) / moving.n_slices, (fixed.slice + 0.5) / fixed.n_slices)
     impossible = impossible_pairs((moving.area_mm2, fixed.area_mm2), depth)
-    everywhere = compare(moving.prototypes, fixed.prototypes, [(slice(None), slice(None))], config.similarity)
-    window = restrict(np.ones_like(similarity), bands) > 0
-    calibrated = calibrated_epsilon(everywhere, window & ~impossible, impossible, config.false_discovery)
+    here, there = slice_places(moving, fixed, moving_to_fixed, config)
+    possible = (np.abs(here[:, None] - there) <= config.slice_range + _ROUNDING) & ~impossible
+    (everywhere,) = compare(moving.prototypes, fixed.prototypes, config.similarity)
+    calibrated = calibrated_epsilon(everywhere, possible, impossible, config.false_discovery)
     return config.epsilon if calibrated is None else calibrated
 
 
@@ -199,15 +212,3 @@ def _capped(slices: npt.NDArray[np.int32], config: MatchConfig) -> Index:
         members = np.flatnonzero(slices == value)
         place[members] = np.arange(len(members))
     return everything[place < config.max_pairs]
-
-
-def _matches(i: Index, j: Index, confidence: Float, similarity: Float) -> Matches:
-    """The matches with their margins; uses up `similarity`, float32 [N, M], 0 outside the window."""
-    raw = similarity[i, j]
-    if not similarity.size:
-        return Matches(i, j, raw, raw, confidence)
-    rows, top = np.arange(len(similarity)), similarity.argmax(axis=1)
-    best = similarity[rows, top]
-    similarity[rows, top] = 0
-    best_other = np.where(top[i] == j, similarity.max(axis=1)[i], best[i])
-    return Matches(i, j, raw, raw - best_other, confidence)

@@ -53,17 +53,6 @@ def greedy_one_to_one(i: Index, j: Index, score: Score) -> Index:
     return np.sort(np.concatenate(taken))
 
 
-def mutual_best(score: npt.NDArray[np.float32], least: float) -> tuple[Index, Index]:
-    """Rows and columns of a score matrix [N, M] that are each other's best, above `least` and above 0."""
-    if not score.size:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    column = score.argmax(axis=1)
-    best = score[np.arange(len(score)), column]
-    rows = np.flatnonzero((best >= score.max(axis=0)[column]) & (best > max(least, 0.0)))
-    rows = rows[np.sort(np.unique(column[rows], return_index=True)[1])]
-    return rows, column[rows]
-
-
 def best_of_each(group: Index, score: Score) -> Index:
     """Positions, ascending, of the best entry of every group; ties go to the entry given first."""
     order = np.argsort(-score, kind="stable")

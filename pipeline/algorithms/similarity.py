@@ -8,7 +8,8 @@ cannot match, and how alike such pairs are tells how alike wrong pairs get.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -16,51 +17,86 @@ import numpy.typing as npt
 
 Float = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
+Index = npt.NDArray[np.int64]
 Band: TypeAlias = tuple[slice, slice]
 Kind = Literal["cosine", "centred", "minmax"]
 
+EVERYWHERE: tuple[Band, ...] = ((slice(None), slice(None)),)
 _STEPS = 400
 _AREA_RATIO = 4.0
 _DEPTH_APART = 0.5
 _NULL_ROWS = 128
 
 
-def compare(moving: Float, fixed: Float, bands: Sequence[Band], kind: Kind) -> Float:
-    """Similarity of the pairs of prototypes in a band.
+@dataclass(frozen=True)
+class AlikePairs:
+    """The pairs of a band that are alike enough, in the order of (i, j).
+
+    Attributes:
+        i, j: int64 [n], moving and fixed ROI.
+        similarity: float32 [n], 0..1.
+        best, second: float32 [N], the two largest similarities of every moving ROI in the band, alike enough or not.
+    """
+
+    i: Index
+    j: Index
+    similarity: Float
+    best: Float
+    second: Float
+
+    def margin(self, i: Index, similarity: Float) -> Float:
+        """How much more alike pairs of moving ROIs `i` are than the best other candidate of each."""
+        return np.asarray(similarity - np.where(similarity < self.best[i], self.best[i], self.second[i]), np.float32)
+
+
+def compare(moving: Float, fixed: Float, kind: Kind, bands: Sequence[Band] = EVERYWHERE) -> Iterator[Float]:
+    """Similarity of the pairs of prototypes, one band after the other: float32 [rows, columns], 0..1.
 
     Args:
         moving: float32 [N, C], unit norm.
         fixed: float32 [M, C], unit norm.
-        bands: disjoint blocks of pairs: rows, and the columns they are compared with.
         kind: "cosine"; "centred" takes what both sets have in common (the mean of their two mean prototypes) off
             first, which spreads the cosines of backends whose features all look alike; "minmax" stretches the
-            cosines of this pair to 0..1, as Eq. 6 is written.
-
-    Returns:
-        float32 [N, M], 0..1; 0 outside the band and for negative cosines.
+            cosines of these bands to 0..1, as Eq. 6 is written. Negative values are 0.
+        bands: blocks of pairs: rows, and the columns they are compared with.
     """
     if kind == "centred" and len(moving) and len(fixed):
         middle = (moving.mean(axis=0) + fixed.mean(axis=0)) / 2
         moving, fixed = (_unit(values - middle) for values in (moving, fixed))
-    similarity = np.zeros((len(moving), len(fixed)), np.float32)
-    for rows, columns in bands:
-        similarity[rows, columns] = moving[rows] @ fixed[columns].T
+    low, span = 0.0, 1.0
     if kind == "minmax":
-        inside = [similarity[band] for band in bands if similarity[band].size]
-        low = min((float(block.min()) for block in inside), default=0.0)
-        high = max((float(block.max()) for block in inside), default=1.0)
-        for block in inside:
-            block -= low
-            block /= max(high - low, 1e-6)
-    return np.clip(similarity, 0, 1, out=similarity)
+        ends = [(float(b.min()), float(b.max())) for b in (moving[r] @ fixed[c].T for r, c in bands) if b.size]
+        low = min((end[0] for end in ends), default=0.0)
+        span = max(max((end[1] for end in ends), default=1.0) - low, 1e-6)
+    for rows, columns in bands:
+        block = moving[rows] @ fixed[columns].T
+        if kind == "minmax":
+            block = (block - np.float32(low)) / np.float32(span)
+        yield np.clip(block, 0, 1, out=block)
 
 
-def restrict(similarity: Float, bands: Sequence[Band]) -> Float:
-    """A copy that is 0 outside the bands."""
-    inside = np.zeros_like(similarity)
-    for band in bands:
-        inside[band] = similarity[band]
-    return inside
+def alike_pairs(moving: Float, fixed: Float, kind: Kind, bands: Sequence[Band], least: float) -> AlikePairs:
+    """The pairs of the bands whose similarity exceeds `least`; the whole matrix is never held.
+
+    Args:
+        moving, fixed, kind: see `compare`.
+        bands: as there, with rows that ascend and no row in two of them.
+        least: 0..1.
+    """
+    found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))]
+    best, second = np.zeros((2, len(moving)), np.float32)
+    for (rows, columns), block in zip(bands, compare(moving, fixed, kind, bands), strict=True):
+        if not block.size:
+            continue
+        above = np.flatnonzero(block > least)
+        i, j = np.divmod(above, block.shape[1])
+        found.append((i + rows.start, j + columns.start, block.ravel()[above]))
+        top, number = block.argmax(axis=1), np.arange(len(block))
+        best[rows] = block[number, top]
+        block[number, top] = 0
+        second[rows] = block.max(axis=1)
+    i, j, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return AlikePairs(i, j, values, best, second)
 
 
 def impossible_pairs(
