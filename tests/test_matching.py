@@ -217,6 +217,6 @@ def test_ellipse_overlap() -> None:
     assert ellipses.overlap(here, spread, here, spread).tolist() == pytest.approx([1.0])
     apart = ellipses.overlap(here, spread, here + 8.0, spread)
     assert 0 < apart[0] < 0.1
-    widest = ellipses.largest(spread)
-    assert not ellipses.may_overlap(here, widest, here + 30.0, widest, 0.2)[0]
-    assert ellipses.may_overlap(here, widest, here + 1.0, widest, 0.2)[0]
+    for shift, near in ((30.0, False), (1.0, True)):
+        gate = ellipses.Gate.between(here, spread, here + shift, spread, 0.2)
+        assert gate.may_overlap(slice(None), slice(None)).tolist() == [[near]]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.algorithms.similarity import Kind, alike_pairs, calibrated_epsilon, compare, impossible_pairs
+from pipeline.algorithms.similarity import Kind, calibrated_epsilon, compare, impossible_pairs
 
 
 def whole(moving: np.ndarray, fixed: np.ndarray, kind: Kind) -> np.ndarray:
-    (block,) = compare(moving, fixed, kind)
-    return block
+    return compare(moving, fixed, kind).blocks[0]
 
 
 def unit(values: np.ndarray) -> np.ndarray:
@@ -46,14 +45,15 @@ def test_pairs_of_a_band_are_those_of_the_whole_matrix() -> None:
     inside = np.zeros((6, 6), bool)
     for band in bands:
         inside[band] = True
-    found = alike_pairs(values, values, "cosine", bands, 0.9)
-    i, j = np.nonzero((full > 0.9) & inside)
-    assert (found.i.tolist(), found.j.tolist()) == (i.tolist(), j.tolist())
-    np.testing.assert_allclose(found.similarity, full[i, j], atol=1e-6)
+    found = compare(values, values, "cosine", bands)
+    i, j, similarity = found.above(0.9)
+    expected = np.nonzero((full > 0.9) & inside)
+    assert (i.tolist(), j.tolist()) == (expected[0].tolist(), expected[1].tolist())
+    np.testing.assert_allclose(similarity, full[i, j], atol=1e-6)
+    assert found.above(0.9, lambda rows, columns: np.zeros((3, columns.stop - columns.start), bool))[0].size == 0
     ordered = np.sort(np.where(inside, full, 0), axis=1)
-    np.testing.assert_allclose(found.best, ordered[:, -1], atol=1e-6)
-    np.testing.assert_allclose(found.second, ordered[:, -2], atol=1e-6)
-    np.testing.assert_allclose(found.margin(np.array([0]), found.best[:1]), ordered[0, -1] - ordered[0, -2], atol=1e-6)
+    np.testing.assert_allclose(found.margin(np.array([0]), ordered[:1, -1]), ordered[0, -1] - ordered[0, -2], atol=1e-6)
+    np.testing.assert_allclose(found.margin(np.array([5]), ordered[5:, -3]), ordered[5, -3] - ordered[5, -1], atol=1e-6)
 
 
 def test_what_is_impossible() -> None:

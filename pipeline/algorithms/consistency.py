@@ -24,6 +24,7 @@ Array = npt.NDArray[np.float64]
 Float = npt.NDArray[np.float32]
 Index = npt.NDArray[np.int64]
 Pairs: TypeAlias = tuple[Index, Index, Float]
+Allowed: TypeAlias = Callable[[slice, slice], npt.NDArray[np.bool_]]
 Select: TypeAlias = Callable[[Index, Index, Float], Index]
 _SEEDS = 200
 _VOTERS = 150
@@ -50,7 +51,7 @@ class SpatialConfig:
     """
 
     enabled: bool = True
-    slack: float = 0.1
+    slack: float = 0.2
     min_overlap: float = 0.2
     weight: float = 0.4
     widening: float = 2.0
@@ -90,7 +91,7 @@ class Places:
 
 def consistent_pairs(
     seeds: Pairs,
-    candidates: Pairs,
+    candidates: Callable[[Allowed], Pairs],
     fixed: Places,
     moving: Places,
     select: Select,
@@ -101,7 +102,8 @@ def consistent_pairs(
 
     Args:
         seeds: moving index, fixed index and similarity of at least three pairs.
-        candidates: moving index, fixed index and similarity of the pairs that may be selected.
+        candidates: gives moving index, fixed index and similarity of the pairs that are alike enough, among those of
+            a block of rows and columns that it is told are allowed.
         fixed, moving: places in the fixed frame, mm.
         select: positions of the pairs that the one-to-one rule takes of scored candidates.
         config: settings.
@@ -115,7 +117,10 @@ def consistent_pairs(
     first = np.argsort(-score, kind="stable")[:_SEEDS]
     affine = consensus_affine(here[j[first]], there[i[first]], score[first].astype(np.float64), config.prior_mm)
     carried = fixed.moved(affine)
-    ci, cj, alike = _gated(candidates, carried, moving, config)
+    gate = ellipses.Gate.between(
+        there[:, 1:], moving.covariance_mm2, carried.centroid_mm[:, 1:], carried.covariance_mm2, config.min_overlap
+    )
+    ci, cj, alike = candidates(gate.may_overlap)
     place = np.concatenate([there, moving.covariance_mm2], axis=1, dtype=np.float32)[ci]
     rounds = config.affine_rounds + config.local_rounds
     for round_number in range(rounds):
@@ -145,21 +150,6 @@ def confidence(alike: Float, overlap: Float, config: SpatialConfig) -> Float:
     base, by_similarity, by_overlap = config.calibration
     logit = base + by_similarity * alike + by_overlap * np.sqrt(overlap)
     return np.asarray(1 / (1 + np.exp(-logit)), np.float32)
-
-
-def _gated(candidates: Pairs, carried: Places, moving: Places, config: SpatialConfig) -> Pairs:
-    """Candidates whose ellipses come near each other under the affine."""
-    i, j, similarity = candidates
-    near = np.flatnonzero(
-        ellipses.may_overlap(
-            moving.centroid_mm[:, 1:].astype(np.float32)[i],
-            ellipses.largest(moving.covariance_mm2).astype(np.float32)[i],
-            carried.centroid_mm[:, 1:].astype(np.float32)[j],
-            ellipses.largest(carried.covariance_mm2).astype(np.float32)[j],
-            config.min_overlap,
-        )
-    )
-    return i[near], j[near], similarity[near]
 
 
 def _overlap(carried: Places, moving: Float, j: Index, config: SpatialConfig, in_depth: bool) -> Float:

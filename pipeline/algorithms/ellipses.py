@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -40,24 +41,34 @@ def overlap(centre_a: Real, cov_a: Real, centre_b: Real, cov_b: Real) -> Real:
     return np.asarray(np.sqrt(product) / determinant * np.exp(-distance / 4))
 
 
-def may_overlap(
-    centre_a: Real, largest_a: Real, centre_b: Real, largest_b: Real, least: float
-) -> npt.NDArray[np.bool_]:
-    """Which pairs of ellipses can reach an `overlap` of `least`, 0..1, or could if moved a little: bool [N].
+@dataclass(frozen=True)
+class Gate:
+    """Which pairs of [N] and [M] ellipses can reach an `overlap` of some value, or could if moved a little.
 
-    Overlap needs exp(-d^2 / (4 lambda)) > least, with lambda the mean of the two largest variances; half as much d^2
-    again is let through.
-
-    Args:
-        centre_a, centre_b: [N, 2] (y, x) mm.
-        largest_a, largest_b: [N] mm^2, see `largest`.
+    Overlap needs exp(-d^2 / (4 lambda)) > value, with lambda the mean of the two largest variances; half as much d^2
+    again is let through. As a product of matrices this costs next to nothing.
     """
-    reach = -3 * np.log(max(least, 1e-6))
-    dy, dx = (centre_a - centre_b).T
-    return np.asarray(dy * dy + dx * dx < np.float32(reach) * (largest_a + largest_b))
+
+    left: npt.NDArray[np.float32]
+    right: npt.NDArray[np.float32]
+
+    @classmethod
+    def between(cls, centre_a: Array, cov_a: Array, centre_b: Array, cov_b: Array, least: float) -> Gate:
+        """The gate of ellipses with centres [N, 2], [M, 2] mm and covariances [N, 3], [M, 3] mm^2; least 0..1."""
+        middle = centre_a.mean(axis=0) if len(centre_a) else np.zeros(2)
+        reach = -3 * np.log(max(least, 1e-6))
+        a, b = centre_a - middle, centre_b - middle
+        rest_a, rest_b = ((x**2).sum(1) - reach * _largest(c) for x, c in ((a, cov_a), (b, cov_b)))
+        left = np.column_stack([-2 * a, rest_a, np.ones(len(a))]).astype(np.float32)
+        right = np.column_stack([b, np.ones(len(b)), rest_b]).astype(np.float32)
+        return cls(left, right)
+
+    def may_overlap(self, rows: slice, columns: slice) -> npt.NDArray[np.bool_]:
+        """The pairs of some rows and columns: bool [rows, columns]."""
+        return np.asarray(self.left[rows] @ self.right[columns].T < 0.5)
 
 
-def largest(covariance: Array) -> Array:
-    """Largest variance along any direction, of covariances [N, 3] (yy, yx, xx)."""
+def _largest(covariance: Array) -> Array:
+    """Largest eigenvalue of each covariance [N, 3]."""
     yy, yx, xx = covariance.T
     return np.asarray((yy + xx) / 2 + np.hypot((yy - xx) / 2, yx))

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from pipeline.algorithms.affine import Affine
 from pipeline.algorithms.consistency import Places, SpatialConfig, consistent_pairs
 from pipeline.algorithms.selection import Rule, one_to_one
-from pipeline.algorithms.similarity import Band, Kind, alike_pairs, calibrated_epsilon, compare, impossible_pairs
+from pipeline.algorithms.similarity import Band, Kind, calibrated_epsilon, compare, impossible_pairs
 
 Float = npt.NDArray[np.float32]
 Index = npt.NDArray[np.int64]
@@ -117,18 +117,16 @@ def match(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchC
     """
     spatial, epsilon = config.spatial, _epsilon(moving, fixed, moving_to_fixed, config)
     here, there = slice_places(moving, fixed, moving_to_fixed, config)
-    widening, slack = (spatial.widening, spatial.slack) if spatial.enabled else (1.0, 0.0)
-    bands = slice_bands(moving, here, there, config.slice_range * widening)
-    least = max(epsilon - slack, 0.0)
-    alike = alike_pairs(moving.prototypes, fixed.prototypes, config.similarity, bands, least)
-    inside = np.abs(here[alike.i] - there[alike.j]) <= config.slice_range + _ROUNDING
-    near = np.flatnonzero(inside & (alike.similarity > epsilon))
-    i, j, score = alike.i[near], alike.j[near], alike.similarity[near]
-    seeds = one_to_one(i, j, score, "mutual") if spatial.enabled else near[:0]
+    bands = slice_bands(moving, here, there, config.slice_range * (spatial.widening if spatial.enabled else 1))
+    alike = compare(moving.prototypes, fixed.prototypes, config.similarity, bands)
+    i, j, score = alike.above(max(epsilon, 0.0))
+    inside = np.flatnonzero(np.abs(here[i] - there[j]) <= config.slice_range + _ROUNDING)
+    i, j, score = i[inside], j[inside], score[inside]
+    seeds = one_to_one(i, j, score, "mutual") if spatial.enabled else inside[:0]
     if len(seeds) >= 3:
         i, j, similarity, score, confidence = consistent_pairs(
             (i[seeds], j[seeds], score[seeds]),
-            (alike.i, alike.j, alike.similarity),
+            lambda allowed: alike.above(max(epsilon - spatial.slack, 0.0), allowed),
             Places(fixed.centroid_mm, fixed.covariance_mm2, fixed.track),
             Places(moving.centroid_mm, moving.covariance_mm2, moving.track).moved(moving_to_fixed),
             lambda i, j, score: _select(i, j, score, moving, config),
@@ -186,7 +184,7 @@ def _epsilon(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: Mat
     impossible = impossible_pairs((moving.area_mm2, fixed.area_mm2), depth)
     here, there = slice_places(moving, fixed, moving_to_fixed, config)
     possible = (np.abs(here[:, None] - there) <= config.slice_range + _ROUNDING) & ~impossible
-    (everywhere,) = compare(moving.prototypes, fixed.prototypes, config.similarity)
+    everywhere = compare(moving.prototypes, fixed.prototypes, config.similarity).blocks[0]
     calibrated = calibrated_epsilon(everywhere, possible, impossible, config.false_discovery)
     return config.epsilon if calibrated is None else calibrated
 

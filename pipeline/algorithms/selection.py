@@ -18,15 +18,15 @@ def one_to_one(i: Index, j: Index, score: Score, rule: Rule = "greedy") -> Index
 
     Args:
         i, j: [n], non-negative.
-        score: [n], positive for "optimal".
+        score: [n], positive.
         rule: "greedy" by descending score (Eq. 9, argmax again and again); "mutual" takes the pairs that are the best
             of both their i and their j and nothing else; "optimal" has the largest sum of scores.
     """
     if rule == "greedy":
         return greedy_one_to_one(i, j, score)
     if rule == "mutual":
-        order = np.argsort(-score, kind="stable")
-        return np.sort(order[_first_of_each(i[order]) & _first_of_each(j[order])])
+        best = np.flatnonzero((score >= _best_score(i, score)) & (score >= _best_score(j, score)))
+        return best[_first_of_each(i[best]) & _first_of_each(j[best])]
     return _optimal(i, j, score)
 
 
@@ -71,6 +71,13 @@ def _optimal(i: Index, j: Index, score: Score) -> Index:
     gain = np.where(position >= 0, score[position], 0.0)
     position = position[linear_sum_assignment(gain, maximize=True)]
     return np.sort(position[position >= 0])
+
+
+def _best_score(group: Index, score: Score) -> Score:
+    """Largest score of each entry's group: [n]."""
+    best = np.zeros(int(group.max(initial=0)) + 1, score.dtype)
+    np.maximum.at(best, group, score)
+    return np.asarray(best[group])
 
 
 def _first_of_each(values: Index) -> npt.NDArray[np.bool_]:

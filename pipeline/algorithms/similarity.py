@@ -8,7 +8,7 @@ cannot match, and how alike such pairs are tells how alike wrong pairs get.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -29,28 +29,46 @@ _NULL_ROWS = 128
 
 
 @dataclass(frozen=True)
-class AlikePairs:
-    """The pairs of a band that are alike enough, in the order of (i, j).
+class Similarities:
+    """How alike the pairs of a window are, one block for each of its bands; other pairs take no memory.
 
     Attributes:
-        i, j: int64 [n], moving and fixed ROI.
-        similarity: float32 [n], 0..1.
-        best, second: float32 [N], the two largest similarities of every moving ROI in the band, alike enough or not.
+        shape: (N, M), moving and fixed ROIs.
+        bands: rows and columns of each block; no row in two of them.
+        blocks: float32 [rows, columns], 0..1.
     """
 
-    i: Index
-    j: Index
-    similarity: Float
-    best: Float
-    second: Float
+    shape: tuple[int, int]
+    bands: Sequence[Band]
+    blocks: Sequence[Float]
 
-    def margin(self, i: Index, similarity: Float) -> Float:
-        """How much more alike pairs of moving ROIs `i` are than the best other candidate of each."""
-        return np.asarray(similarity - np.where(similarity < self.best[i], self.best[i], self.second[i]), np.float32)
+    def above(self, least: float, allowed: Callable[[slice, slice], Mask] | None = None) -> tuple[Index, Index, Float]:
+        """Row, column and value of what exceeds `least`, of the pairs for which `allowed` gives true if it is given."""
+        found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))]
+        for (rows, columns), block in zip(self.bands, self.blocks, strict=True):
+            if block.size:
+                chosen = block > least
+                if allowed is not None:
+                    chosen &= allowed(rows, columns)
+                position = np.flatnonzero(chosen)
+                i, j = np.divmod(position, block.shape[1])
+                found.append((i + (rows.start or 0), j + (columns.start or 0), block.ravel()[position]))
+        i, j, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return i, j, values
+
+    def margin(self, i: Index, value: Float) -> Float:
+        """How much more alike pairs of the rows `i` are than the best other candidate of each row."""
+        best, second = np.zeros((2, self.shape[0]), np.float32)
+        for (rows, _), block in zip(self.bands, self.blocks, strict=True):
+            if block.shape[1] > 1:
+                best[rows], second[rows] = -np.partition(-block, 1, axis=1)[:, :2].T
+            elif block.size:
+                best[rows] = block[:, 0]
+        return np.asarray(value - np.where(value < best[i], best[i], second[i]), np.float32)
 
 
-def compare(moving: Float, fixed: Float, kind: Kind, bands: Sequence[Band] = EVERYWHERE) -> Iterator[Float]:
-    """Similarity of the pairs of prototypes, one band after the other: float32 [rows, columns], 0..1.
+def compare(moving: Float, fixed: Float, kind: Kind, bands: Sequence[Band] = EVERYWHERE) -> Similarities:
+    """Similarity of the pairs of prototypes (Eq. 6).
 
     Args:
         moving: float32 [N, C], unit norm.
@@ -58,45 +76,21 @@ def compare(moving: Float, fixed: Float, kind: Kind, bands: Sequence[Band] = EVE
         kind: "cosine"; "centred" takes what both sets have in common (the mean of their two mean prototypes) off
             first, which spreads the cosines of backends whose features all look alike; "minmax" stretches the
             cosines of these bands to 0..1, as Eq. 6 is written. Negative values are 0.
-        bands: blocks of pairs: rows, and the columns they are compared with.
+        bands: see `Similarities`.
     """
     if kind == "centred" and len(moving) and len(fixed):
         middle = (moving.mean(axis=0) + fixed.mean(axis=0)) / 2
         moving, fixed = (_unit(values - middle) for values in (moving, fixed))
-    low, span = 0.0, 1.0
-    if kind == "minmax":
-        ends = [(float(b.min()), float(b.max())) for b in (moving[r] @ fixed[c].T for r, c in bands) if b.size]
-        low = min((end[0] for end in ends), default=0.0)
-        span = max(max((end[1] for end in ends), default=1.0) - low, 1e-6)
-    for rows, columns in bands:
-        block = moving[rows] @ fixed[columns].T
-        if kind == "minmax":
-            block = (block - np.float32(low)) / np.float32(span)
-        yield np.clip(block, 0, 1, out=block)
-
-
-def alike_pairs(moving: Float, fixed: Float, kind: Kind, bands: Sequence[Band], least: float) -> AlikePairs:
-    """The pairs of the bands whose similarity exceeds `least`; the whole matrix is never held.
-
-    Args:
-        moving, fixed, kind: see `compare`.
-        bands: as there, with rows that ascend and no row in two of them.
-        least: 0..1.
-    """
-    found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))]
-    best, second = np.zeros((2, len(moving)), np.float32)
-    for (rows, columns), block in zip(bands, compare(moving, fixed, kind, bands), strict=True):
-        if not block.size:
-            continue
-        above = np.flatnonzero(block > least)
-        i, j = np.divmod(above, block.shape[1])
-        found.append((i + rows.start, j + columns.start, block.ravel()[above]))
-        top, number = block.argmax(axis=1), np.arange(len(block))
-        best[rows] = block[number, top]
-        block[number, top] = 0
-        second[rows] = block.max(axis=1)
-    i, j, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    return AlikePairs(i, j, values, best, second)
+    blocks = [moving[rows] @ fixed[columns].T for rows, columns in bands]
+    filled = [block for block in blocks if block.size]
+    if kind == "minmax" and filled:
+        low, high = min(float(b.min()) for b in filled), max(float(b.max()) for b in filled)
+        for block in filled:
+            block -= np.float32(low)
+            block /= np.float32(max(high - low, 1e-6))
+    for block in filled:
+        np.clip(block, 0, 1, out=block)
+    return Similarities((len(moving), len(fixed)), bands, blocks)
 
 
 def impossible_pairs(
