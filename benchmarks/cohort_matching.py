@@ -49,8 +49,8 @@ from storage.geometry import Geometry, moving_to_fixed
 
 SPACING_MM = (10.0, 1.25, 1.25)
 IN_PLANE = (256, 256)
-SHARED = 0.68  # norm of the mean prototype of real ROIs
-SPECTRUM = 0.82 ** np.arange(60)  # variance of real prototypes along their principal axes, near enough
+SHARED = 0.5  # norm of the mean prototype of real ROIs
+SPECTRUM = 0.86 ** np.arange(60)  # variance of real prototypes along their principal axes, near enough
 COMMON, KINSHIP, STEADY = 0.45, 0.88, 0.97  # share of ROIs from the anatomy; correlation with it; from slice to slice
 PLACE_MM, SPREAD_MM = 6.0, 60.0
 RADIUS_MM, RADIUS_LOG_SD = 15.0, 0.7
@@ -281,7 +281,7 @@ def main() -> None:
     parser.add_argument("--subjects", type=int, nargs="+", default=[100])
     parser.add_argument("--rois", type=int, nargs="+", default=[30], help="per slice")
     parser.add_argument("--slices", type=int, default=24)
-    parser.add_argument("--channels", type=int, default=150)
+    parser.add_argument("--channels", type=int, default=153)
     parser.add_argument("--sample-pairs", type=int, help="match about so many pairs, whole tiles; default all")
     parser.add_argument("--executor", default="ray", choices=("ray", "serial"))
     parser.add_argument("--workers", type=int, default=2)
