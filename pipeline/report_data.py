@@ -94,6 +94,8 @@ class ReportData:
         if self.count(prefix):
             return f"{meaning} ({unit})", _ranked(self.means, prefix, best="smallest")
         mean = self.correspondences.group_by("pair").aggregate([("similarity", "mean")])
+        fitted = self.means.column("pair").combine_chunks()
+        mean = mean.filter(pc.is_in(mean.column("pair"), value_set=fitted))
         return "mean ROI similarity", _ranked(mean, "similarity_mean", best="largest")
 
     def pair_rows(self) -> list[Row]:

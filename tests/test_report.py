@@ -124,6 +124,15 @@ def test_a_study_without_labels_is_ranked_by_similarity(tmp_path: Path) -> None:
     assert "ranked by mean ROI similarity" in text
 
 
+def test_a_study_that_was_only_matched_has_a_report_without_pairs(tmp_path: Path) -> None:
+    study = write_study(tmp_path)
+    for part in tables.part_names(study, "metrics"):
+        tables.remove_part(study, "metrics", part)
+    page = _Page(write_report(study).read_text(encoding="utf-8"))
+    assert "Best: " not in page.text
+    assert str(tables.read_table(study, "correspondences").num_rows) in page.text
+
+
 def test_pictures_of_a_2d_study(tmp_path: Path) -> None:
     study = write_study(tmp_path, shape=(1, 96, 96))
     write_report(study)
