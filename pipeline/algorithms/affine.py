@@ -86,4 +86,4 @@ def consensus_affine(
     inlier = residual[best] < tolerance
     if inlier.sum() < size:
         inlier[:] = True
-    return robust_affine(fixed[inlier], moving[inlier], weight[inlier], prior_mm, iterations=3)
+    return robust_affine(fixed[inlier], moving[inlier], weight[inlier], prior_mm, iterations=2)

@@ -126,7 +126,7 @@ def consistent_pairs(
     for round_number in range(rounds):
         if round_number:
             weight = score.astype(np.float64)
-            affine = robust_affine(here[j], there[i], weight**2, config.prior_mm, iterations=2)
+            affine = robust_affine(here[j], there[i], weight**2, config.prior_mm, iterations=1)
             carried = fixed.moved(affine)
         if round_number >= config.affine_rounds:
             shift = _local_shift(here, j, there[i] - carried.centroid_mm[j], weight, config.reach)

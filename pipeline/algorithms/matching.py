@@ -140,7 +140,7 @@ def match(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchC
     order = np.lexsort((j, i, -score))
     order = order[_capped(moving.slice[i[order]], config)]
     i, j, similarity = i[order], j[order], similarity[order]
-    return Matches(i, j, similarity, alike.margin(i, similarity), confidence[order])
+    return Matches(i, j, similarity, alike.margin(i, j, similarity), confidence[order])
 
 
 def slice_places(
@@ -184,7 +184,7 @@ def _epsilon(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: Mat
     impossible = impossible_pairs((moving.area_mm2, fixed.area_mm2), depth)
     here, there = slice_places(moving, fixed, moving_to_fixed, config)
     possible = (np.abs(here[:, None] - there) <= config.slice_range + _ROUNDING) & ~impossible
-    everywhere = compare(moving.prototypes, fixed.prototypes, config.similarity).blocks[0]
+    everywhere = compare(moving.prototypes, fixed.prototypes, config.similarity).blocks[0].clip(0, 1)
     calibrated = calibrated_epsilon(everywhere, possible, impossible, config.false_discovery)
     return config.epsilon if calibrated is None else calibrated
 

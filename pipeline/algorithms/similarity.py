@@ -8,7 +8,7 @@ cannot match, and how alike such pairs are tells how alike wrong pairs get.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -21,7 +21,7 @@ Index = npt.NDArray[np.int64]
 Band: TypeAlias = tuple[slice, slice]
 Kind = Literal["cosine", "centred", "minmax"]
 
-EVERYWHERE: tuple[Band, ...] = ((slice(None), slice(None)),)
+_BLOCK_ROWS = 96
 _STEPS = 400
 _AREA_RATIO = 4.0
 _DEPTH_APART = 0.5
@@ -30,12 +30,12 @@ _NULL_ROWS = 128
 
 @dataclass(frozen=True)
 class Similarities:
-    """How alike the pairs of a window are, one block for each of its bands; other pairs take no memory.
+    """How alike the pairs of a window are, in blocks that hold little else.
 
     Attributes:
         shape: (N, M), moving and fixed ROIs.
         bands: rows and columns of each block; no row in two of them.
-        blocks: float32 [rows, columns], 0..1.
+        blocks: float32 [rows, columns], up to 1; at most 0 for negative cosines and outside the window.
     """
 
     shape: tuple[int, int]
@@ -43,7 +43,11 @@ class Similarities:
     blocks: Sequence[Float]
 
     def above(self, least: float, allowed: Callable[[slice, slice], Mask] | None = None) -> tuple[Index, Index, Float]:
-        """Row, column and value of what exceeds `least`, of the pairs for which `allowed` gives true if it is given."""
+        """Row, column and value of what exceeds `least` >= 0, of the pairs that `allowed` lets through if it is given.
+
+        Returns:
+            int64 [n], int64 [n] and float32 [n], 0..1, in the order of rows and columns.
+        """
         found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))]
         for (rows, columns), block in zip(self.bands, self.blocks, strict=True):
             if block.size:
@@ -52,22 +56,23 @@ class Similarities:
                     chosen &= allowed(rows, columns)
                 position = np.flatnonzero(chosen)
                 i, j = np.divmod(position, block.shape[1])
-                found.append((i + (rows.start or 0), j + (columns.start or 0), block.ravel()[position]))
+                values = np.minimum(block.ravel()[position], np.float32(1))
+                found.append((i + rows.start, j + columns.start, values))
         i, j, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return i, j, values
 
-    def margin(self, i: Index, value: Float) -> Float:
-        """How much more alike pairs of the rows `i` are than the best other candidate of each row."""
-        best, second = np.zeros((2, self.shape[0]), np.float32)
-        for (rows, _), block in zip(self.bands, self.blocks, strict=True):
-            if block.shape[1] > 1:
-                best[rows], second[rows] = -np.partition(-block, 1, axis=1)[:, :2].T
-            elif block.size:
-                best[rows] = block[:, 0]
-        return np.asarray(value - np.where(value < best[i], best[i], second[i]), np.float32)
+    def margin(self, i: Index, j: Index, value: Float) -> Float:
+        """How much more alike the pairs (i, j) are than the best other candidate of row i: float32 [n]."""
+        other = np.zeros(len(i), np.float32)
+        for (rows, columns), block in zip(self.bands, self.blocks, strict=True):
+            here = np.flatnonzero((i >= rows.start) & (i < rows.stop))
+            lines = block[i[here] - rows.start]
+            lines[np.arange(len(here)), j[here] - columns.start] = 0
+            other[here] = lines.max(axis=1, initial=0)
+        return np.asarray(value - np.minimum(other, 1), np.float32)
 
 
-def compare(moving: Float, fixed: Float, kind: Kind, bands: Sequence[Band] = EVERYWHERE) -> Similarities:
+def compare(moving: Float, fixed: Float, kind: Kind, bands: Sequence[Band] | None = None) -> Similarities:
     """Similarity of the pairs of prototypes (Eq. 6).
 
     Args:
@@ -76,21 +81,47 @@ def compare(moving: Float, fixed: Float, kind: Kind, bands: Sequence[Band] = EVE
         kind: "cosine"; "centred" takes what both sets have in common (the mean of their two mean prototypes) off
             first, which spreads the cosines of backends whose features all look alike; "minmax" stretches the
             cosines of these bands to 0..1, as Eq. 6 is written. Negative values are 0.
-        bands: see `Similarities`.
+        bands: the window: rows, ascending and next to each other, and the columns that each is compared with; None
+            is everything.
     """
     if kind == "centred" and len(moving) and len(fixed):
         middle = (moving.mean(axis=0) + fixed.mean(axis=0)) / 2
         moving, fixed = (_unit(values - middle) for values in (moving, fixed))
-    blocks = [moving[rows] @ fixed[columns].T for rows, columns in bands]
-    filled = [block for block in blocks if block.size]
-    if kind == "minmax" and filled:
-        low, high = min(float(b.min()) for b in filled), max(float(b.max()) for b in filled)
-        for block in filled:
-            block -= np.float32(low)
-            block /= np.float32(max(high - low, 1e-6))
-    for block in filled:
-        np.clip(block, 0, 1, out=block)
-    return Similarities((len(moving), len(fixed)), bands, blocks)
+    found: list[tuple[Band, Float]] = []
+    windows: list[Float] = []
+    for members in _grouped(bands or [(slice(0, len(moving)), slice(0, len(fixed)))]):
+        top, left = members[0][0].start, min(columns.start for _, columns in members)
+        band = slice(top, members[-1][0].stop), slice(left, max(columns.stop for _, columns in members))
+        block = moving[band[0]] @ fixed[band[1]].T
+        for rows, columns in members:
+            lines = block[rows.start - top : rows.stop - top]
+            lines[:, : columns.start - left] = lines[:, columns.stop - left :] = 0
+            windows.append(lines[:, columns.start - left : columns.stop - left])
+        found.append((band, block))
+    if kind == "minmax":
+        _stretch([window for window in windows if window.size])
+    return Similarities((len(moving), len(fixed)), [band for band, _ in found], [block for _, block in found])
+
+
+def _grouped(bands: Sequence[Band]) -> Iterator[list[Band]]:
+    """Bands in groups of some rows, since one product of matrices is faster than several small ones."""
+    group: list[Band] = []
+    for band in bands:
+        group.append(band)
+        if band[0].stop - group[0][0].start >= _BLOCK_ROWS:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _stretch(windows: Sequence[Float]) -> None:
+    """Map the range of all values to 0..1, in place."""
+    low = min((float(window.min()) for window in windows), default=0.0)
+    high = max((float(window.max()) for window in windows), default=1.0)
+    for window in windows:
+        window -= np.float32(low)
+        window /= np.float32(max(high - low, 1e-6))
 
 
 def impossible_pairs(
