@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*")
     options = parser.parse_args()
     syn = {row["pair"]: float(row["dice_syn"]) for row in read_csv(options.data / "baseline_ants_syn.csv")}
-    header = ("pairs", "before", "centred", "affine", "**ours**", "worst", "SyN", "folds", "s/pair")
+    header = ("pairs", "before", "centred", "affine", "**ours**", "worst", "refined", "SyN", "folds", "s/pair")
     print("| data |", " | ".join(header), "|")
     print("|---|" + "---|" * len(header))
     for name, (folder, rows) in groups(options.data).items():
@@ -98,12 +98,14 @@ def main() -> None:
             for key in ("dice_before", "dice_centered", "dice_affine", "dice", "fold_fraction", "seconds_fit"):
                 column[key].append(row[key])
         mean = {key: float(np.mean(values)) for key, values in column.items()}
+        refined = [row["dice_refined"] for row in found if row["dice_refined"] is not None]
         beside = [syn[row["pair"]] for row in found if row["pair"] in syn]
         cells = [
             f"{len(found)}",
             *(f"{mean[key]:.3f}" for key in ("dice_before", "dice_centered", "dice_affine")),
             f"**{mean['dice']:.3f}**",
             f"{min(column['dice']):.3f}",
+            f"{np.mean(refined):.3f}" if refined else "–",
             f"{np.mean(beside):.3f}" if len(beside) == len(found) else "–",
             f"{mean['fold_fraction']:.2%}",
             f"{mean['seconds_fit']:.1f}",

@@ -64,7 +64,7 @@ def test_it_finds_a_small_deformation_that_the_field_misses(name: str) -> None:
     assert refined.dtype == np.float32
     assert error(refined, truth) < 0.5 * error(start, truth)
     assert metrics.jacobian_stats(refined, spacing).fold_fraction == 0
-    if flat:
+    if name == "flat":
         assert not refined[0].any()
 
 
@@ -147,9 +147,9 @@ def _fit_key(refine: dict[str, Any]) -> str:
 
 
 def test_a_result_depends_on_the_refinement_only_when_it_is_on() -> None:
-    assert _fit_key({}) == _fit_key({"smoothing": 3.0})
+    assert _fit_key({}) == _fit_key({"smoothing": 4.0})
     on = _fit_key({"method": "demons"})
-    assert on not in (_fit_key({}), _fit_key({"method": "demons", "smoothing": 3.0}))
+    assert on not in (_fit_key({}), _fit_key({"method": "demons", "smoothing": 4.0}))
 
 
 def test_a_study_reports_the_refined_field_beside_that_of_the_rois(tmp_path: Path) -> None:

@@ -40,21 +40,19 @@ class RefineConfig:
         method: `none` (off), or `demons`, for images of like contrast.
         iterations: per level, coarse to fine; the last level works on voxels of the smallest fixed spacing h0, each
             one before it on voxels twice as large.
-        smoothing: standard deviation of the Gaussian that smooths the update, in voxels of the level.
+        smoothing: standard deviation of the Gaussian that smooths the update, in the shortest voxel edge of the level.
         window: standard deviation in h0 of the Gaussian whose local mean and contrast intensities are measured by.
-        thick: slices more than this many times as thick as their pixels are refined one by one, in plane.
     """
 
     method: Literal["none", "demons"] = "none"
-    iterations: tuple[int, ...] = (30, 30, 15)
-    smoothing: float = 2.0
-    window: float = 8.0
-    thick: float = 2.0
+    iterations: tuple[int, ...] = (30, 30, 20)
+    smoothing: float = 3.0
+    window: float = 5.0
 
     def __post_init__(self) -> None:
         if not self.iterations or min(self.iterations) < 0 or not any(self.iterations):
             raise ValueError(f"fit.refine.iterations is {self.iterations}; expected counts >= 0, one of them positive")
-        for name in ("smoothing", "window", "thick"):
+        for name in ("smoothing", "window"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"fit.refine.{name} is {getattr(self, name)}; expected a number above 0")
 

@@ -4,8 +4,8 @@
 The filter is SimpleITK's diffeomorphic demons (Vercauteren et al., NeuroImage 45, 2009). At each level, coarse to
 fine, the moving image is carried anew by the field so far, so that nothing is interpolated twice, and the update
 found is composed with the field (`pipeline.algorithms.warp` states the convention). Intensities are measured by
-their local mean and contrast, which takes out bias fields and most of what differs between two scans. Thick slices,
-and the one slice of a 2D image, are refined in plane: across them there is too little to follow.
+their local mean and contrast, which takes out bias fields and most of what differs between two scans. All lengths are
+physical, so that thick slices are hardly smoothed across, and not coarsened until voxels are as long.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from pipeline.algorithms.fit_config import RefineConfig
 
 Volume = npt.NDArray[np.float32]
 Triple = tuple[float, float, float]
-_NOISE = 8.0  # local contrast, of 255, that counts as none
+_NOISE = 16.0  # local contrast, of 255, that counts as none
 _HALVINGS = 4
-_LONGEST_STEP = 1.0  # voxels per iteration
 
 
 def refine(
@@ -48,8 +47,7 @@ def refine(
         moving_to_fixed: 4x4, moving-local mm to fixed-local mm.
         config: settings.
     """
-    flat = len(fixed) == 1 or spacing_mm[0] > config.thick * min(spacing_mm[1:])
-    h0 = min(spacing_mm[1:]) if flat else min(spacing_mm)
+    h0 = min(spacing_mm[1:]) if len(fixed) == 1 else min(spacing_mm)
     for level, iterations in enumerate(config.iterations):
         voxel_mm = h0 * 2 ** (len(config.iterations) - 1 - level)
         moved = warp.warp_image(
@@ -57,11 +55,11 @@ def refine(
         )
         moved = np.where(np.isnan(moved), fixed, moved)  # no force where the moving image has ended
         here, there = (
-            _reduced(_normalised(image, spacing_mm, config.window * h0, flat), spacing_mm, voxel_mm, flat)
+            _reduced(_normalised(image, spacing_mm, config.window * h0), spacing_mm, voxel_mm)
             for image in (fixed, moved)
         )
         coarse_mm = [step * n / k for step, n, k in zip(spacing_mm, fixed.shape, here.shape, strict=True)]
-        update = _demons(here, there, coarse_mm, iterations, config.smoothing, flat)
+        update = _demons(here, there, coarse_mm, iterations, config.smoothing)
         ddf = _guarded(ddf, np.stack([_resampled(component, fixed.shape) for component in update]), spacing_mm)
     return ddf
 
@@ -78,17 +76,17 @@ def _guarded(
     return ddf
 
 
-def _normalised(image: Volume, spacing_mm: Triple, window_mm: float, flat: bool) -> Volume:
+def _normalised(image: Volume, spacing_mm: Triple, window_mm: float) -> Volume:
     """Intensities minus their local mean, over their local standard deviation and the noise."""
-    sigma = [0.0 if flat and axis == 0 else window_mm / step for axis, step in enumerate(spacing_mm)]
+    sigma = [window_mm / step for step in spacing_mm]
     mean = ndimage.gaussian_filter(image, sigma)
     variance = ndimage.gaussian_filter(image * image, sigma) - mean * mean
     return np.asarray((image - mean) / np.sqrt(np.maximum(variance, 0) + _NOISE**2), dtype=np.float32)
 
 
-def _reduced(image: Volume, spacing_mm: Triple, voxel_mm: float, flat: bool) -> Volume:
+def _reduced(image: Volume, spacing_mm: Triple, voxel_mm: float) -> Volume:
     """The image smoothed and sampled at about `voxel_mm` along each axis that is finer."""
-    factor = [1.0 if flat and axis == 0 else max(1.0, voxel_mm / step) for axis, step in enumerate(spacing_mm)]
+    factor = [max(1.0, voxel_mm / step) for step in spacing_mm]
     smooth = ndimage.gaussian_filter(image, [f / 2 if f > 1 else 0.0 for f in factor])
     return _resampled(smooth, tuple(max(1, round(n / f)) for n, f in zip(image.shape, factor, strict=True)))
 
@@ -103,13 +101,12 @@ def _resampled(image: npt.NDArray[np.floating[Any]], shape: tuple[int, ...]) -> 
 
 
 def _demons(
-    fixed: Volume, moved: Volume, spacing_mm: Sequence[float], iterations: int, smoothing: float, flat: bool
+    fixed: Volume, moved: Volume, spacing_mm: Sequence[float], iterations: int, smoothing: float
 ) -> npt.NDArray[np.float32]:
-    """Update [3, d, h, w] mm that carries `moved` onto `fixed`, both [d, h, w]; slice by slice where `flat`."""
+    """Update [3, d, h, w] mm that carries `moved` onto `fixed`, both [d, h, w]."""
     update = np.zeros((3, *fixed.shape), np.float32)
-    if flat:
-        for z, (here, there) in enumerate(zip(fixed, moved, strict=True)):
-            update[1:, z] = _filter(here, there, spacing_mm[1:], iterations, smoothing)
+    if len(fixed) == 1:  # ITK finds slopes across a lone slice
+        update[1:, 0] = _filter(fixed[0], moved[0], spacing_mm[1:], iterations, smoothing)
     else:
         update[:] = _filter(fixed, moved, spacing_mm, iterations, smoothing)
     return update
@@ -122,7 +119,8 @@ def _filter(
     demons = sitk.DiffeomorphicDemonsRegistrationFilter()
     demons.SetNumberOfThreads(1)  # a worker has one core
     demons.SetNumberOfIterations(iterations)
-    demons.SetMaximumUpdateStepLength(_LONGEST_STEP)
+    mean_edge = np.sqrt(np.mean(np.square(spacing_mm)))  # what ITK measures the step by
+    demons.SetMaximumUpdateStepLength(float(min(spacing_mm) / mean_edge))
     demons.SetMaximumRMSError(0.0)  # no early stop: it would depend on how much of the image moves
     demons.SetStandardDeviations([smoothing * min(spacing_mm) / step for step in spacing_mm[::-1]])
     images = [sitk.GetImageFromArray(image) for image in (fixed, moved)]
