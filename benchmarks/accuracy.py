@@ -1,7 +1,7 @@
-"""Dice on the development data with one configuration for all of it, ANTs SyN on the same pairs beside.
+"""Dice and landmark errors on the development data with one configuration for all of it, ANTs SyN beside.
 
 Run: python benchmarks/accuracy.py [--data ../shared/data] [--out benchmarks/out] [SETTING=VALUE ...]
-Prints a Markdown table; with segmenter=labels the labels are the ROIs (Case 1), which bounds what ROIs can give.
+Prints two Markdown tables; with segmenter=labels the labels are the ROIs (Case 1), which bounds what ROIs can give.
 Studies are kept under --out, so a second call resumes or re-uses them.
 """
 
@@ -81,6 +81,57 @@ def run_group(folder: Path, rows: list[tuple[str, Row]], out: Path, overrides: l
     return [row for row in found if row["label"] == 0]
 
 
+def landmark_groups(data: Path) -> dict[str, tuple[Path, list[tuple[str, Row]]]]:
+    names = {
+        "liver under breathing": ("eth_liver_4dmri", ""),
+        "retina": ("fire_retina", ""),
+        "aerial": ("aerial_cell_histology_2d", "aerial"),
+        "cells": ("aerial_cell_histology_2d", "cell"),
+        "histology, other stain": ("histology_landmarks", ""),
+    }
+    found = {}
+    for name, (folder, start) in names.items():
+        rows = [pair for pair in listed_pairs(data / folder) if pair[1]["landmarks"] and pair[0].startswith(start)]
+        found[name] = (data / folder, rows)
+    return found
+
+
+def run_landmarks(folder: Path, rows: list[tuple[str, Row]], out: Path, overrides: list[str]) -> list[dict[str, float]]:
+    """Register pairs whose landmarks lie in one file each; the metrics row of each."""
+    out.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for name, row in rows:
+        points = read_csv(folder / row["landmarks"])
+        for role in ("moving", "fixed"):
+            axes = [axis for axis in ("i", "j", "k") if f"{role}_{axis}" in points[0]] or ["x", "y"]
+            with (out / f"{name}_{role}.csv").open("w", newline="", encoding="utf-8") as stream:
+                writer = csv.writer(stream)
+                writer.writerows([axes, *([point[f"{role}_{axis}"] for axis in axes] for point in points)])
+            lines.append([f"{name}_{role}", (folder / row[f"{role}_image"]).resolve(), f"{name}_{role}.csv"])
+    with (out / "cohort.csv").open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([["subject", "image", "landmarks"], *lines])
+    pairs = [Pair(name, f"{name}_moving", f"{name}_fixed") for name, _ in rows]
+    run_study(load_config(None, overrides), read_cohort(out / "cohort.csv"), out / "study", pairs)
+    return list(tables.read_table(out / "study", "metrics").to_pylist())
+
+
+def print_landmarks(options: argparse.Namespace) -> None:
+    print("\n| data | pairs | unit | before | affine | **ours** | worst | refined |")
+    print("|---|" + "---|" * 7)
+    for name, (folder, rows) in landmark_groups(options.data).items():
+        found = run_landmarks(folder, rows, options.out / subject_name(name.replace(" ", "_")), options.settings)
+        unit = "mm" if found[0]["landmark_tre_mm"] is not None else "vox"
+        values = {
+            ending: [row[f"landmark_tre_{unit}{ending}"] for row in found]
+            for ending in ("_before", "_affine", "", "_refined")
+        }
+        refined = "–" if None in values["_refined"] else f"{np.mean(values['_refined']):.1f}"
+        cells = [f"{len(found)}", "px" if unit == "vox" else unit]
+        cells += [f"{np.mean(values[e]):.1f}" for e in ("_before", "_affine")]
+        cells += [f"**{np.mean(values['']):.1f}**", f"{max(values['']):.1f}", refined]
+        print(f"| {name} |", " | ".join(cells), "|", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
@@ -111,6 +162,8 @@ def main() -> None:
             f"{mean['seconds_fit']:.1f}",
         ]
         print(f"| {name} |", " | ".join(cells), "|", flush=True)
+    if not any(setting.startswith("segmenter=labels") for setting in options.settings):
+        print_landmarks(options)
 
 
 if __name__ == "__main__":
