@@ -184,6 +184,36 @@ def test_hybrid_needs_the_consistent_selection() -> None:
         MatchConfig(one_to_one="hybrid", spatial=SpatialConfig(enabled=False))
 
 
+def test_the_affine_comes_first() -> None:
+    with pytest.raises(ValueError, match="affine_rounds and local_rounds are 0 and 2"):
+        SpatialConfig(affine_rounds=0, local_rounds=2)
+
+
+@pytest.mark.parametrize("change", [{"similarity": "centred"}, {"similarity": "minmax"}, {"false_discovery": 0.2}])
+def test_every_similarity_finds_the_partners(change: dict[str, object]) -> None:
+    moving, fixed = scattered(5, np.eye(4), confusable=0.5)
+    found = pairs(moving, fixed, dataclasses.replace(MatchConfig(epsilon=0.4), **change))  # type: ignore[arg-type]
+    assert len(found) > 40
+    assert np.mean([i == j for i, j in found]) > 0.95
+
+
+@pytest.mark.parametrize("rule", ["greedy", "mutual", "optimal"])
+def test_every_rule_of_selection_finds_the_partners(rule: str) -> None:
+    moving, fixed = scattered(6, np.eye(4), confusable=0.5)
+    found = pairs(moving, fixed, MatchConfig(epsilon=0.4, selection=rule))  # type: ignore[arg-type]
+    assert len(found) > 40
+    assert len({i for i, _ in found}) == len({j for _, j in found}) == len(found)
+    assert np.mean([i == j for i, j in found]) > 0.95
+
+
+def test_confidence_grows_with_agreement() -> None:
+    moving, fixed = scattered(7, np.eye(4), confusable=0.5)
+    found = match(moving, fixed, np.eye(4), MatchConfig(epsilon=0.4))
+    shifted = dataclasses.replace(moving, centroid_mm=moving.centroid_mm + [0, 0, 1.0] * np.arange(60)[:, None] % 9)
+    worse = match(shifted, fixed, np.eye(4), MatchConfig(epsilon=0.4))
+    assert 0 < worse.confidence.mean() < found.confidence.mean() < 1
+
+
 def test_matching_is_deterministic() -> None:
     moving, fixed = scattered(2, np.eye(4), confusable=1.0)
     first, second = (match(moving, fixed, np.eye(4), MatchConfig()) for _ in range(2))

@@ -62,12 +62,12 @@ class SpatialConfig:
     second: float = 0.7
     calibration: tuple[float, float, float] = (-5.8, 2.3, 6.1)
     prior_mm: float = 20.0
+    track_support: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.affine_rounds + self.local_rounds < 1:
-            raise ValueError("match.spatial.affine_rounds and local_rounds are 0; at least one selection is needed")
-
-    track_support: float = 0.0
+        if self.affine_rounds < 1 or self.local_rounds < 0:
+            found = f"{self.affine_rounds} and {self.local_rounds}"
+            raise ValueError(f"match.spatial.affine_rounds and local_rounds are {found}; at least 1 and 0 are needed")
 
 
 @dataclass(frozen=True)
