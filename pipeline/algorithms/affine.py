@@ -57,7 +57,7 @@ def middle_value(values: npt.NDArray[np.floating]) -> float:
 
 
 def consensus_affine(
-    fixed: Points, moving: Points, weight: Weights, prior_mm: float, trials: int = 200, seed: int = 0
+    fixed: Points, moving: Points, weight: Weights, prior_mm: float, trials: int = 120, seed: int = 0
 ) -> Affine:
     """The affine that most point pairs agree on (RANSAC, Fischler and Bolles 1981), then `robust_affine` of those.
 
@@ -76,7 +76,8 @@ def consensus_affine(
     share = np.cumsum(weight)
     sample = np.searchsorted(share, rng.random((trials, size)) * share[-1], side="right").clip(max=len(fixed) - 1)
     matrices = ridge_affine(fixed[sample], moving[sample], weight[sample], prior_mm)
-    y, x = np.moveaxis(matrices[:, 1:3, :3] @ fixed.T + matrices[:, 1:3, 3:] - moving[:, 1:].T, 1, 0)
+    points = np.column_stack([fixed, np.ones(len(fixed))]).astype(np.float32).T
+    y, x = (matrices[:, axis].astype(np.float32) @ points - moving[:, axis].astype(np.float32) for axis in (1, 2))
     residual = np.sqrt(y * y + x * x)
     tolerance = 0.06 * float(np.hypot(*np.ptp(fixed[:, 1:], axis=0))) + 2.0
     score = np.clip(1 - residual / tolerance, 0, None) @ weight

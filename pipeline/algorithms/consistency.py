@@ -26,7 +26,7 @@ Index = npt.NDArray[np.int64]
 Pairs: TypeAlias = tuple[Index, Index, Float]
 Allowed: TypeAlias = Callable[[slice, slice], npt.NDArray[np.bool_]]
 Select: TypeAlias = Callable[[Index, Index, Float], Index]
-_SEEDS = 200
+_SEEDS = 150
 _VOTERS = 150
 
 
@@ -198,8 +198,11 @@ def _local_shift(
     spread = reach * np.maximum(here.std(axis=0), 1e-3)
     spread[1:] = np.sqrt((spread[1:] ** 2).mean())
     x = (here / spread).astype(np.float32)
-    gap = ((x**2).sum(1)[:, None] + (x[j] ** 2).sum(1) - 2 * x @ x[j].T).clip(0)
-    kernel = np.exp(-0.5 * gap)
+    half = 0.5 * (x * x).sum(axis=1)
+    kernel = x @ x[j].T
+    kernel -= half[:, None]
+    kernel -= half[j]
+    np.exp(kernel, out=kernel)
     among, trust = kernel[j], weight
     for _ in range(2):
         shift = _kernel_mean(among, residual, trust)
