@@ -273,7 +273,8 @@ def split_ms(study: Path, config: StudyConfig, pairs: list[Pair]) -> tuple[float
 def measure(options: argparse.Namespace, subjects: int, rois: int) -> str:
     """One row of the table."""
     out = options.out / f"{subjects}x{options.slices}x{rois}x{options.channels}"
-    config = load_config(None, [f"execution.executor={options.executor}", f"execution.workers={options.workers}"])
+    execution = [f"execution.executor={options.executor}", f"execution.workers={options.workers}"]
+    config = load_config(None, [*execution, *options.settings])
     shutil.rmtree(out, ignore_errors=True)
     print(f"writing {subjects} subjects", file=sys.stderr)
     cohort = write_cohort(config, out, subjects, options.slices, rois, options.channels)
@@ -315,6 +316,7 @@ def main() -> None:
     parser.add_argument("--executor", default="ray", choices=("ray", "serial"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True, help="scratch folder; its contents are replaced")
+    parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE")
     options = parser.parse_args()
     rows = [measure(options, subjects, rois) for subjects in options.subjects for rois in options.rois]
     print(HEADER, "|" + "---|" * (HEADER.count("|") - 1), *rows, sep="\n")

@@ -51,10 +51,10 @@ class SpatialConfig:
     """
 
     enabled: bool = True
-    slack: float = 0.2
+    slack: float = 0.15
     min_overlap: float = 0.2
     weight: float = 0.4
-    widening: float = 2.0
+    widening: float = 1.5
     depth: float = 0.1
     affine_rounds: int = 1
     local_rounds: int = 1
