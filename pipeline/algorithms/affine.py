@@ -57,7 +57,7 @@ def middle_value(values: npt.NDArray[np.floating]) -> float:
 
 
 def consensus_affine(
-    fixed: Points, moving: Points, weight: Weights, prior_mm: float, trials: int = 120, seed: int = 0
+    fixed: Points, moving: Points, weight: Weights, prior_mm: float, trials: int = 100, seed: int = 0
 ) -> Affine:
     """The affine that most point pairs agree on (RANSAC, Fischler and Bolles 1981), then `robust_affine` of those.
 
@@ -80,11 +80,11 @@ def consensus_affine(
     y, x = (matrices[:, axis].astype(np.float32) @ points - moving[:, axis].astype(np.float32) for axis in (1, 2))
     residual = np.sqrt(y * y + x * x)
     tolerance = 0.06 * float(np.hypot(*np.ptp(fixed[:, 1:], axis=0))) + 2.0
-    score = np.clip(1 - residual / tolerance, 0, None) @ weight
+    score = np.maximum(1 - residual * np.float32(1 / tolerance), 0) @ weight.astype(np.float32)
     volume = np.abs(np.linalg.det(matrices[:, :3, :3]))
     score[(volume < _VOLUME_RATIO[0]) | (volume > _VOLUME_RATIO[1])] = -1.0
     best = int(np.argmax(score))
     inlier = residual[best] < tolerance
     if inlier.sum() < size:
         inlier[:] = True
-    return robust_affine(fixed[inlier], moving[inlier], weight[inlier], prior_mm, iterations=2)
+    return robust_affine(fixed[inlier], moving[inlier], weight[inlier], prior_mm, iterations=1)

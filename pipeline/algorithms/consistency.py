@@ -27,7 +27,7 @@ Pairs: TypeAlias = tuple[Index, Index, Float]
 Allowed: TypeAlias = Callable[[slice, slice], npt.NDArray[np.bool_]]
 Select: TypeAlias = Callable[[Index, Index, Float], Index]
 _SEEDS = 150
-_VOTERS = 150
+_VOTERS = 100
 
 
 @dataclass(frozen=True)
