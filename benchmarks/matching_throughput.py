@@ -16,7 +16,8 @@ import time
 
 import numpy as np
 
-from pipeline.algorithms.matching import MatchConfig, RoiSet, SpatialConfig, match
+from pipeline.algorithms.consistency import SpatialConfig
+from pipeline.algorithms.matching import MatchConfig, RoiSet, match
 
 CHANNELS = 121  # of a component-tree prototype
 
