@@ -40,7 +40,8 @@ class SpatialConfig:
         min_overlap: least overlap of the two ellipses under the map, 0..1.
         weight: share of the overlap in the score; the rest is the similarity.
         widening: width of the window of slices once the map is known, in windows.
-        depth: distance from the expected slice at which the overlap counts 0.6, as a share of the moving depth.
+        depth: distance from the expected slice at which the overlap counts 0.6, as a share of the depth of the
+            moving candidates.
         affine_rounds, local_rounds: selections under the affine and under the local map.
         reach: how far pairs inform the local map, as a share of the spread of the fixed ROIs.
         second: least score of the second partner that `one_to_one: hybrid` allows.

@@ -91,7 +91,7 @@ class Matches:
 
     Attributes:
         moving_index, fixed_index: int64 [K] into the two RoiSets.
-        similarity: float32 [K], cosine clipped to 0..1 (Eq. 6).
+        similarity: float32 [K], 0..1, of `MatchConfig.similarity` (Eq. 6).
         margin: float32 [K], similarity less that of the moving ROI's best other candidate in the window.
         confidence: float32 [K], 0..1, weights the fit: see `pipeline.algorithms.consistency.confidence`; the
             similarity where `spatial` is off.

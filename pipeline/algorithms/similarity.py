@@ -33,12 +33,10 @@ class Similarities:
     """How alike the pairs of a window are, in blocks that hold little else.
 
     Attributes:
-        shape: (N, M), moving and fixed ROIs.
         bands: rows and columns of each block; no row in two of them.
         blocks: float32 [rows, columns], up to 1; at most 0 for negative cosines and outside the window.
     """
 
-    shape: tuple[int, int]
     bands: Sequence[Band]
     blocks: Sequence[Float]
 
@@ -100,7 +98,7 @@ def compare(moving: Float, fixed: Float, kind: Kind, bands: Sequence[Band] | Non
         found.append((band, block))
     if kind == "minmax":
         _stretch([window for window in windows if window.size])
-    return Similarities((len(moving), len(fixed)), [band for band, _ in found], [block for _, block in found])
+    return Similarities([band for band, _ in found], [block for _, block in found])
 
 
 def _grouped(bands: Sequence[Band]) -> Iterator[list[Band]]:
