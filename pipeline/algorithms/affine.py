@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
@@ -19,35 +20,53 @@ def ridge_affine(fixed: Points, moving: Points, weight: Weights, prior_mm: float
     """Weighted least-squares affine of point pairs, shrunk towards a pure translation.
 
     Args:
-        fixed, moving: [..., N, 3] positions in mm, N >= 1; leading axes are independent problems.
-        weight: [..., N], non-negative, not all zero.
+        fixed, moving: [N, 3] positions in mm, N >= 1.
+        weight: [N], non-negative, not all zero.
         prior_mm: spread at which the data and the prior weigh the same along an axis; coplanar, collinear or few
             points therefore give the map they determine and nothing more.
 
     Returns:
-        [..., 4, 4] float64, fixed position to moving position.
+        [4, 4] float64, fixed position to moving position.
     """
-    share = (weight / weight.sum(axis=-1, keepdims=True))[..., None]
-    fixed_mean, moving_mean = (share * fixed).sum(axis=-2), (share * moving).sum(axis=-2)
-    x, y = fixed - fixed_mean[..., None, :], moving - moving_mean[..., None, :]
-    weighted = np.swapaxes(x * share, -1, -2)
-    spread = weighted @ x + prior_mm**2 * np.eye(3)
-    linear = np.eye(3) + np.swapaxes(np.linalg.solve(spread, weighted @ (y - x)), -1, -2)
-    matrix = np.zeros((*linear.shape[:-2], 4, 4))
-    matrix[..., :3, :3] = linear
-    matrix[..., :3, 3] = moving_mean - (linear @ fixed_mean[..., None])[..., 0]
+    both = _side_by_side(fixed, moving)
+    return _affine_of((weight[:, None] * both[:, :4]).T @ both, prior_mm)
+
+
+def _side_by_side(fixed: Points, moving: Points) -> Points:
+    """[N, 7]: 1, fixed position, moving position."""
+    return np.concatenate([np.ones((len(fixed), 1)), fixed, moving], axis=1)
+
+
+def _affine_of(moments: npt.NDArray[np.float64], prior_mm: float) -> Affine:
+    """`ridge_affine` from the weighted sums of (1, fixed) times (1, fixed, moving), [..., 4, 7]: [..., 4, 4]."""
+    share = moments / moments[..., :1, :1]
+    mean, fixed_mean = share[..., 0, 1:], share[..., 0, 1:4]
+    centred = share[..., 1:, 1:] - fixed_mean[..., :, None] * mean[..., None, :]
+    spread, across = centred[..., :3], centred[..., 3:]
+    linear = np.linalg.solve(spread + prior_mm**2 * np.eye(3), across - spread) + np.eye(3)  # transposed
+    matrix = np.zeros((*moments.shape[:-2], 4, 4))
+    matrix[..., :3, :3] = np.swapaxes(linear, -1, -2)
+    matrix[..., :3, 3] = mean[..., 3:] - (fixed_mean[..., None, :] @ linear)[..., 0, :]
     matrix[..., 3, 3] = 1.0
     return matrix
 
 
 def robust_affine(fixed: Points, moving: Points, weight: Weights, prior_mm: float, iterations: int = 10) -> Affine:
     """`ridge_affine` of [N, 3] points with Cauchy weights at twice the median residual, reweighted iteratively."""
-    matrix = ridge_affine(fixed, moving, weight, prior_mm)
+    both = _side_by_side(fixed, moving)
+    matrix = _affine_of((weight[:, None] * both[:, :4]).T @ both, prior_mm)
     for _ in range(iterations):
-        residual = np.linalg.norm(fixed @ matrix[:3, :3].T + matrix[:3, 3] - moving, axis=1)
-        scale = 2.0 * middle_value(residual) + 1e-3
-        matrix = ridge_affine(fixed, moving, weight / (1.0 + (residual / scale) ** 2), prior_mm)
+        error = both[:, 1:4] @ matrix[:3, :3].T + matrix[:3, 3] - moving
+        square = np.einsum("ij,ij->i", error, error)
+        scale = 2.0 * np.sqrt(middle_value(square)) + 1e-3
+        trust = weight / (1.0 + square / scale**2)
+        matrix = _affine_of((trust[:, None] * both[:, :4]).T @ both, prior_mm)
     return matrix
+
+
+@lru_cache(maxsize=16)
+def _draws(trials: int, size: int, seed: int) -> npt.NDArray[np.float64]:
+    return np.random.default_rng(seed).random((trials, size))
 
 
 def middle_value(values: npt.NDArray[np.floating]) -> float:
@@ -71,12 +90,13 @@ def consensus_affine(
         trials: samples of four pairs.
         seed: of the samples.
     """
-    rng = np.random.default_rng(seed)
     size = min(_SAMPLE, len(fixed))
     share = np.cumsum(weight)
-    sample = np.searchsorted(share, rng.random((trials, size)) * share[-1], side="right").clip(max=len(fixed) - 1)
-    matrices = ridge_affine(fixed[sample], moving[sample], weight[sample], prior_mm)
-    points = np.column_stack([fixed, np.ones(len(fixed))]).astype(np.float32).T
+    sample = np.searchsorted(share, _draws(trials, size, seed) * share[-1], side="right").clip(max=len(fixed) - 1)
+    both = _side_by_side(fixed, moving)
+    products = (weight[:, None] * both[:, :4])[:, :, None] * both[:, None, :]
+    matrices = _affine_of(products[sample].sum(axis=1), prior_mm)
+    points = both[:, [1, 2, 3, 0]].T.astype(np.float32)
     y, x = (matrices[:, axis].astype(np.float32) @ points - moving[:, axis].astype(np.float32) for axis in (1, 2))
     residual = np.sqrt(y * y + x * x)
     tolerance = 0.06 * float(np.hypot(*np.ptp(fixed[:, 1:], axis=0))) + 2.0

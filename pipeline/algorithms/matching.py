@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from pipeline.algorithms.affine import Affine
 from pipeline.algorithms.consistency import Places, SpatialConfig, consistent_pairs
+from pipeline.algorithms.in_step import Staged, complete
 from pipeline.algorithms.selection import Rule, one_to_one
 from pipeline.algorithms.similarity import Band, Kind, calibrated_epsilon, compare, impossible_pairs
 
@@ -115,16 +116,23 @@ def match(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchC
     Returns:
         Matches, possibly none. Ties are broken by (moving, fixed) index, so the result is deterministic.
     """
+    return complete(match_in_stages(moving, fixed, moving_to_fixed, config))
+
+
+def match_in_stages(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchConfig) -> Staged[Matches]:
+    """`match`, for `pipeline.algorithms.in_step`."""
     spatial, epsilon = config.spatial, _epsilon(moving, fixed, moving_to_fixed, config)
     here, there = slice_places(moving, fixed, moving_to_fixed, config)
     bands = slice_bands(moving, here, there, config.slice_range * (spatial.widening if spatial.enabled else 1))
     alike = compare(moving.prototypes, fixed.prototypes, config.similarity, bands)
+    yield sum(block.nbytes for block in alike.blocks)
     i, j, score = alike.above(max(epsilon, 0.0))
     inside = np.flatnonzero(np.abs(here[i] - there[j]) <= config.slice_range + _ROUNDING)
     i, j, score = i[inside], j[inside], score[inside]
+    yield 0
     seeds = one_to_one(i, j, score, "mutual") if spatial.enabled else inside[:0]
     if len(seeds) >= 3:
-        i, j, similarity, score, confidence = consistent_pairs(
+        i, j, similarity, score, confidence = yield from consistent_pairs(
             (i[seeds], j[seeds], score[seeds]),
             lambda allowed: alike.above(max(epsilon - spatial.slack, 0.0), allowed),
             Places(fixed.centroid_mm, fixed.covariance_mm2, fixed.track),
@@ -137,6 +145,7 @@ def match(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchC
         chosen = _select(i, j, score, moving, config)
         i, j = i[chosen], j[chosen]
         similarity = score = confidence = score[chosen]
+    yield 0
     order = np.lexsort((j, i, -score))
     order = order[_capped(moving.slice[i[order]], config)]
     i, j, similarity = i[order], j[order], similarity[order]

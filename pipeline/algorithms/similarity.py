@@ -21,7 +21,7 @@ Index = npt.NDArray[np.int64]
 Band: TypeAlias = tuple[slice, slice]
 Kind = Literal["cosine", "centred", "minmax"]
 
-_BLOCK_ROWS = 96
+_BLOCK_ROWS = 60
 _STEPS = 400
 _AREA_RATIO = 4.0
 _DEPTH_APART = 0.5

@@ -5,7 +5,6 @@ Reads what the prototype stage wrote, and nothing else, and writes one part of c
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -18,7 +17,8 @@ import pyarrow as pa
 
 from pipeline import results
 from pipeline.algorithms.class_rois import match_classes
-from pipeline.algorithms.matching import MatchConfig, Matches, match
+from pipeline.algorithms.in_step import Outcome, Staged, in_step
+from pipeline.algorithms.matching import MatchConfig, Matches, match_in_stages
 from pipeline.config import StudyConfig
 from pipeline.dispatch import Failure, Task, attempt
 from pipeline.keys import PlannedPair
@@ -28,6 +28,7 @@ from storage.embeddings import EmbeddingStore
 from storage.geometry import moving_to_fixed
 
 Columns = Mapping[str, npt.NDArray[Any]]
+HOLD_BYTES = 8 << 20
 _NAMES = {"pair": "pair", "moving": "moving", "fixed": "fixed", "key": "match_key"}
 
 
@@ -45,8 +46,9 @@ class MatchUnit:
 
 
 @dataclass(frozen=True)
-class _Named:
+class _Matched:
     pair: PlannedPair
+    outcome: Outcome[Columns]
 
     @property
     def unit(self) -> str:
@@ -72,29 +74,34 @@ def run_unit(
     """Match the pairs of a tile and merge their rows into its part; seconds or Failure of each pair."""
     found: dict[PlannedPair, Columns] = {}
 
-    def match_pair(named: _Named) -> float:
-        moving, fixed = rois_of(named.pair.moving), rois_of(named.pair.fixed)
-        start = time.perf_counter()
-        matches = match_rois(moving, fixed, config)
-        seconds = time.perf_counter() - start
-        found[named.pair] = _columns(moving, fixed, matches)
-        return seconds
+    def columns_of(pair: PlannedPair) -> Staged[Columns]:
+        moving, fixed = rois_of(pair.moving), rois_of(pair.fixed)
+        return _columns(moving, fixed, (yield from match_rois(moving, fixed, config)))
 
-    outcomes = [attempt(match_pair, _Named(pair)) for pair in unit.pairs]
+    def take(item: _Matched) -> float:
+        if item.outcome.error is not None:
+            raise item.outcome.error
+        assert item.outcome.value is not None
+        found[item.pair] = item.outcome.value
+        return item.outcome.seconds
+
+    matching = in_step((columns_of(pair) for pair in unit.pairs), HOLD_BYTES)
+    outcomes = [attempt(take, _Matched(pair, outcome)) for pair, outcome in zip(unit.pairs, matching, strict=True)]
     matched = [pair.pair for pair in found]
     results.merge_rows(root, "correspondences", unit.part, _table(found), matched)
     results.merge_rows(root, "unmatched", unit.part, _unmatched(found), matched)
     return outcomes
 
 
-def match_rois(moving: SubjectRois, fixed: SubjectRois, config: MatchConfig) -> Matches:
-    """Match by class where the ROIs are classes, else by prototype.
+def match_rois(moving: SubjectRois, fixed: SubjectRois, config: MatchConfig) -> Staged[Matches]:
+    """Match by class where the ROIs are classes, else by prototype; in stages.
 
     Raises:
         NoSharedClassError: naming the classes of both.
     """
     if moving.roi_class is None or fixed.roi_class is None:
-        return match(moving.rois, fixed.rois, moving_to_fixed(fixed.geometry, moving.geometry), config)
+        between = moving_to_fixed(fixed.geometry, moving.geometry)
+        return (yield from match_in_stages(moving.rois, fixed.rois, between, config))
     assert moving.probability is not None
     assert fixed.probability is not None
     return match_classes(moving.roi_class, fixed.roi_class, moving.probability, fixed.probability)
