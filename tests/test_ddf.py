@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import map_coordinates
 
 from pipeline.algorithms import metrics, warp
 from pipeline.algorithms.ddf import FitConfig, FitResult, fit_ddf
@@ -78,6 +79,18 @@ def test_known_smooth_deformation_is_recovered() -> None:
     result, error = recovered(smooth_field(4.0), per_slice=6)
     assert error < 0.6
     assert metrics.jacobian_stats(result.ddf, SPACING).fold_fraction == 0
+
+
+@pytest.mark.parametrize("count", [0, 30])
+def test_the_affine_part_and_the_lattice_are_the_field(count: int) -> None:
+    field = smooth_field(4.0)
+    pairs = [RoiPair(crop(moved_back(mask, field)), crop(mask), 1.0) for mask in discs(2)[:count]]
+    result = fit(pairs)
+    points = warp.grid_points(SHAPE, SPACING)
+    index = points / np.reshape(result.step_mm, (3, 1, 1, 1))
+    added = np.stack([map_coordinates(component, index, order=1) for component in result.lattice])
+    assert result.lattice.size < result.ddf.size
+    np.testing.assert_allclose(warp.affine_ddf(result.affine, SHAPE, SPACING) + added, result.ddf, atol=1e-3)
 
 
 def test_known_affine_is_recovered() -> None:

@@ -39,7 +39,8 @@ def _whole(roi: Roi) -> np.ndarray:
 def _translation(z: float, y: float, x: float) -> FitResult:
     matrix = np.eye(4)
     matrix[:3, 3] = z, y, x
-    return FitResult(affine_ddf(matrix, SHAPE, SPACING), matrix, "none", np.zeros(0, np.float32))
+    nodes = np.zeros((3, 1, 1, 1), np.float32)
+    return FitResult(affine_ddf(matrix, SHAPE, SPACING), matrix, nodes, SPACING, "none", np.zeros(0, np.float32))
 
 
 def _leaks(kept: Roi, held: Roi) -> bool:

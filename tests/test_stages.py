@@ -43,7 +43,8 @@ def _boxes(*corners: tuple[int, int, int]) -> np.ndarray:
 
 def _fit(affine: np.ndarray | None = None) -> FitResult:
     matrix = np.eye(4) if affine is None else affine
-    return FitResult(affine_ddf(matrix, SHAPE, SPACING), matrix, "none", np.zeros(0, np.float32))
+    nodes = np.zeros((3, 1, 1, 1), np.float32)
+    return FitResult(affine_ddf(matrix, SHAPE, SPACING), matrix, nodes, SPACING, "none", np.zeros(0, np.float32))
 
 
 def _translation(z: float, y: float, x: float) -> np.ndarray:

@@ -40,6 +40,8 @@ class FitResult:
     Attributes:
         ddf: float32 [3, D, H, W], mm, pull-back on the fixed grid.
         affine: float64 4x4, the affine part alone: fixed-local to fixed-frame moving position, mm.
+        lattice: float32 [3, nz, ny, nx], mm, what the field adds to the affine part at the nodes, linear between them.
+        step_mm: distance of the nodes (z, y, x); the first lies on voxel 0, the last on the last voxel or beyond.
         fallback: "none", or what was fitted instead for lack of ROI pairs: "identity" (no pair), "translation"
             (fewer than three).
         roi_overlap: float32 [K], soft Dice of each pair after the fit, 0..1.
@@ -47,6 +49,8 @@ class FitResult:
 
     ddf: npt.NDArray[np.float32]
     affine: Affine
+    lattice: npt.NDArray[np.float32]
+    step_mm: tuple[float, float, float]
     fallback: str
     roi_overlap: npt.NDArray[np.float32]
 
@@ -75,7 +79,7 @@ def fit_ddf(
         The field, its affine part and what the fit fell back to; never NaN.
     """
     if not pairs:
-        return FitResult(np.zeros((3, *shape), np.float32), np.eye(4), "identity", np.zeros(0, np.float32))
+        return _identity(shape, spacing_mm)
     h0 = min(spacing_mm[1:]) if shape[0] == 1 else min(spacing_mm)
     rois = roi_fields.build(pairs, spacing_mm, moving_spacing_mm, moving_to_fixed, h0, device, config.confidence_power)
     affine = _fit_affine(rois, config, h0, flat=shape[0] == 1)
@@ -92,11 +96,20 @@ def fit_ddf(
     full = Lattice.over(shape, spacing_mm, 1, 0.0, device)
     total = resample(u, full).values
     matrix = torch.as_tensor(affine, dtype=torch.float32, device=total.device)
-    x = full.points()
-    shift = torch.einsum("ij,j...->i...", matrix[:3, :3] - torch.eye(3, device=x.device), x)
+    at = full.points()
+    shift = torch.einsum("ij,j...->i...", matrix[:3, :3] - torch.eye(3, device=at.device), at)
     ddf = total + shift + matrix[:3, 3, None, None, None]
     fallback = "none" if len(pairs) >= _FEWEST_FOR_AFFINE else "translation"
-    return FitResult(ddf.cpu().numpy(), affine, fallback, overlap.cpu().numpy())
+    z, y, x = u.step_mm.tolist()
+    return FitResult(ddf.cpu().numpy(), affine, u.values.cpu().numpy(), (z, y, x), fallback, overlap.cpu().numpy())
+
+
+def _identity(shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> FitResult:
+    """The field that moves nothing, on a lattice of the corners."""
+    z, y, x = (max(n - 1, 1) * s for n, s in zip(shape, spacing_mm, strict=True))
+    corners = np.zeros((3, *(min(n, 2) for n in shape)), np.float32)
+    nothing = np.zeros((3, *shape), np.float32)
+    return FitResult(nothing, np.eye(4), corners, (z, y, x), "identity", np.zeros(0, np.float32))
 
 
 def _transform(affine: Tensor, u: Lattice, x: Tensor) -> Tensor:
