@@ -23,7 +23,7 @@ from pipeline.study import StudySummary, run_study
 from storage import tables
 from storage.cohort import read_cohort
 from storage.images import read_image
-from storage.transforms import itk_to_ddf, read_transform
+from storage.transforms import read_ddf
 
 STRIDE = 7  # of the voxels that the fields are compared at
 DICE = ("dice_before", "dice_affine", "dice")
@@ -89,8 +89,7 @@ def field_errors(study: Path, cohort: Path) -> dict[str, FieldError]:
     for row in _mean_rows(study):
         grids = {role: read_image(subjects[row[role]].image).geometry for role in ("fixed", "moving")}
         truth = {role: phantom.read_warp(cohort, row[role]) for role in ("fixed", "moving")}
-        transform = read_transform(folder.transform(row["pair"]))
-        fitted = itk_to_ddf(transform.GetDisplacementField(), grids["fixed"], grids["moving"])
+        fitted = read_ddf(folder.transform(row["pair"]), grids["fixed"], grids["moving"])
         points = phantom.positions(grids["fixed"])[phantom.body_mask(truth["fixed"], grids["fixed"])][::STRIDE]
         true = truth["moving"].from_template(truth["fixed"].to_template(points)) - points
         index = (points / grids["fixed"].spacing_mm).round().astype(int).T

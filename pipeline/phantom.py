@@ -181,7 +181,7 @@ def _write_subject(
     (folder / "truth").mkdir(exist_ok=True)
     ddf = np.moveaxis(points - positions(geometry), -1, 0).astype(np.float32)
     as_read = read_image(folder / files["image"]).geometry
-    write_transform(folder / "truth" / f"{name}.h5", ddf, as_read, warp.to_dict())
+    write_transform(folder / "truth" / f"{name}.h5", np.eye(4), ddf, as_read.spacing_mm, as_read, warp.to_dict())
     return files
 
 

@@ -19,7 +19,7 @@ from storage.cohort import Subject
 from storage.embeddings import EmbeddingStore
 from storage.geometry import Geometry, SliceAxis, moving_to_fixed
 from storage.images import Image, ImageError, read_image, read_labels
-from storage.transforms import TransformError, itk_to_ddf, read_transform
+from storage.transforms import TransformError, read_ddf
 
 Grey = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int32]
@@ -78,8 +78,7 @@ def read_pair_view(data: ReportData, pair: str) -> PairView:
     store = EmbeddingStore(folder.embeddings)
     try:
         fixed, moving = _read(store, fixed_subject), _read(store, moving_subject)
-        transform = read_transform(folder.transform(pair))
-        ddf = itk_to_ddf(transform.GetDisplacementField(), fixed.geometry, moving.geometry)
+        ddf = read_ddf(folder.transform(pair), fixed.geometry, moving.geometry)
         labels = [_read_labels(fixed_subject, fixed.geometry), _read_labels(moving_subject, moving.geometry)]
     except (ImageError, TransformError, FileNotFoundError) as error:
         raise NoPictureError(str(error)) from None

@@ -1,4 +1,3 @@
-# mypy: disable-error-code="no-untyped-call"
 """One pair through the whole study: what a notebook calls."""
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pipeline.study import run_study
 from storage import tables
 from storage.cohort import Cohort, Pair, Subject
 from storage.embeddings import EmbeddingStore
-from storage.transforms import itk_to_ddf, read_transform
+from storage.transforms import read_ddf
 
 PAIR = Pair("moving__fixed", "moving", "fixed")
 Location = str | Path | None
@@ -56,8 +55,7 @@ def register(config: StudyConfig, paths: Mapping[str, tuple[Location, ...]], out
     folder = StudyFolder(out)
     store = EmbeddingStore(folder.embeddings)
     path = folder.transform(PAIR.pair)
-    field = read_transform(path).GetDisplacementField()
-    ddf = itk_to_ddf(field, store.read("fixed").geometry, store.read("moving").geometry)
+    ddf = read_ddf(path, store.geometry("fixed"), store.geometry("moving"))
     return SingleResult(ddf, tables.read_table(out, "metrics"), tables.read_table(out, "correspondences"), path)
 
 

@@ -1,186 +1,282 @@
-# mypy: disable-error-code="no-untyped-call"
-"""Displacement fields as ITK transforms on the user's own files.
+"""Transforms on disk, which ITK tools apply to the user's own files.
 
-`sitk.Resample(moving, fixed, sitk.ReadTransform(path))` on the original files does what
-pipeline/algorithms/warp.py does in memory: ITK transforms, like ours, take fixed to moving positions. Vectors
-are mm LPS (x, y, z) on the fixed file's own grid; outside it ITK takes the displacement as zero. A 2D file
-gives a 2D transform. Beside `<name>.h5` lies `<name>.json` with the signature, written last: a transform
-without it is not finished.
+A transform takes positions of the fixed file to positions of the moving one, as ITK's do and as
+pipeline/algorithms/warp.py does in memory, so `sitk.Resample(moving, fixed, sitk.ReadTransform(path))` warps the
+original files. The field is held as it was fitted, by its affine part and by vectors at the nodes of a lattice
+that may be coarser than the image: T(X) = A (X + v(X)), with v linear between the nodes. That is what ITK computes
+for a composite of an affine and a displacement field, so nothing is lost by the saving in space. Beyond the lattice
+ITK takes v as zero, and `Transform.at` as at the nearest border, which is continuous.
+
+Positions are world mm LPS (x, y, z); for pictures without spacing the pixel size that ITK reads from the file
+counts. A 2D file gives a 2D transform. The signature lies in the same file.
 """
 
 from __future__ import annotations
 
-import errno
+import io
 import json
-import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import numpy.typing as npt
-import SimpleITK as sitk  # noqa: N813 (its own documentation's name)
+from scipy import ndimage
 
 from storage.atomic import replace_file
-from storage.geometry import Geometry, from_file_axes, to_file_axes
+from storage.geometry import Affine, Geometry, Triple
 
-HDF5_OVERHEAD = 1 << 16  # bytes
+Array = npt.NDArray[np.float64]
+
+ROUNDING = 2.0**-10  # of the smallest voxel edge, which is taken down to a power of two
+_CHUNK = 1 << 16
+_SIGNATURE = "SamregSignature"
+_SAME_PLACE = 1e-3  # of a voxel edge
 
 
 class TransformError(ValueError):
     """A transform file that cannot be read, or does not fit its image; says the file."""
 
 
-def write_transform(
-    path: str | Path,
-    ddf: npt.NDArray[np.float32],
+@dataclass(frozen=True)
+class Transform:
+    """T(X) = A (X + v(X)) of world positions, n = 2 or 3 coordinates.
+
+    Attributes:
+        affine: float64 [n + 1, n + 1], A.
+        vectors: float32 [(nz,) ny, nx, n], mm (x, y, z): v at the nodes.
+        origin: [n], position of the first node.
+        spacing: [n], mm between nodes along the lattice's x, y, z axis.
+        direction: [n, n]; its columns are the world directions of these axes.
+    """
+
+    affine: Affine
+    vectors: npt.NDArray[np.float32]
+    origin: Array
+    spacing: Array
+    direction: Array
+
+    def at(self, points: Array) -> Array:
+        """Moving positions float64 [N, n] of fixed positions [N, n], both mm (x, y, z)."""
+        index = (np.linalg.solve(self.direction, (points - self.origin).T).T / self.spacing)[:, ::-1].T
+        shift = [ndimage.map_coordinates(v, index, order=1, mode="nearest") for v in np.moveaxis(self.vectors, -1, 0)]
+        moved: Array = (points + np.stack(shift, axis=1)) @ self.affine[:-1, :-1].T + self.affine[:-1, -1]
+        return moved
+
+    def nodes(self) -> Array:
+        """Positions of the nodes, float64 [(nz,) ny, nx, n]."""
+        index = np.moveaxis(np.indices(self.vectors.shape[:-1], dtype=np.float64), 0, -1)[..., ::-1]
+        positions: Array = (index * self.spacing) @ self.direction.T + self.origin
+        return positions
+
+    def vectors_on(self, geometry: Geometry) -> Array:
+        """v at every voxel of the fixed image in analysis orientation, float64 [D, H, W, n] mm (x, y, z).
+
+        Raises:
+            TransformError: when the lattice does not start on the first voxel of the image and cover it.
+        """
+        origin, edges, direction = _placed(geometry)
+        n = len(self.origin)
+        steps = self.spacing / edges[:n]  # voxels between nodes
+        reach = steps * (np.array(self.vectors.shape[-2::-1]) - 1)
+        if n != geometry.source_dimension or (reach < np.array(geometry.shape[::-1])[:n] - 1 - _SAME_PLACE).any():
+            raise TransformError(f"the transform does not cover an image of {geometry.describe()}")
+        offset = np.abs(self.origin - origin[:n]).max() / edges[:n].min()
+        if offset > _SAME_PLACE or not np.allclose(self.direction, direction[:n, :n], atol=_SAME_PLACE):
+            raise TransformError("the transform lies elsewhere than the image: origin or direction differ")
+        dense = self.vectors.astype(np.float64)
+        for axis, (step, voxels) in enumerate(zip(steps[::-1], geometry.shape[3 - n :], strict=True)):
+            position = np.arange(voxels) / step
+            weights = np.clip(1 - np.abs(position[:, None] - np.arange(dense.shape[axis])), 0, None)
+            dense = np.moveaxis(np.tensordot(weights, dense, axes=(1, axis)), 0, axis)
+        return dense if n == 3 else dense[None]
+
+
+def make_transform(
+    affine: Affine,
+    values: npt.NDArray[np.floating[Any]],
+    step_mm: Triple,
     geometry: Geometry,
-    signature: dict[str, Any],
     moving: Geometry | None = None,
-) -> None:
-    """Write a displacement field, whole or not at all.
+) -> Transform:
+    """The transform of a fitted field q -> affine q + u(q) in local mm (px without spacing), rounded.
 
     Args:
-        path: `.h5` file.
-        ddf: [3, D, H, W] mm along the axes of the fixed image (px without spacing), pull-back.
+        affine: 4x4, fixed-local to fixed-frame moving positions.
+        values: [3, nz, ny, nx], u at the nodes of a lattice whose first lies on voxel 0 and that covers the image.
+        step_mm: distance of the nodes (z, y, x).
         geometry: grid of the fixed image.
-        signature: JSON-safe record of what the field depends on.
         moving: grid of the moving image; only needed for pictures without spacing whose files carry different
             printing resolutions, which ITK takes for a spacing.
 
     Raises:
-        ValueError: for a suffix other than .h5, a field of another shape, or NaN or infinite displacements.
+        ValueError: for a lattice that does not cover the image, NaN or infinite values, a singular affine part.
+    """
+    if values.ndim != 4 or len(values) != 3:
+        raise ValueError(f"lattice must be [3, nz, ny, nx], got {values.shape}")
+    reach = (np.array(values.shape[1:]) - 1) * step_mm - (np.array(geometry.shape) - 1) * geometry.spacing_mm
+    if (reach < -_SAME_PLACE * np.array(geometry.spacing_mm)).any():
+        raise ValueError(f"a lattice of {values.shape[1:]} nodes, {step_mm} apart, covers no {geometry.describe()}")
+    if not (np.isfinite(values).all() and np.isfinite(affine).all()):
+        raise ValueError("field holds NaN or infinite displacements")
+    if abs(np.linalg.det(affine[:3, :3])) < 1e-6:
+        raise ValueError("the affine part of the field is singular")
+    here, there = _frames(geometry, moving)
+    world = there @ affine @ np.linalg.inv(here)
+    vectors = np.moveaxis(values, 0, -1) @ np.linalg.solve(world[:3, :3], there[:3, :3]).T
+    origin, edges, direction = _placed(geometry)
+    spacing = edges * (np.array(step_mm) / geometry.spacing_mm)[::-1]
+    n = geometry.source_dimension
+    quantum = 2.0 ** np.floor(np.log2(edges[:n].min())) * ROUNDING
+    rounded = (np.rint(vectors / quantum) * quantum).astype(np.float32) + np.float32(0)
+    if n == 2:
+        rounded, world = rounded[0, ..., :2], world[np.ix_([0, 1, 3], [0, 1, 3])]
+    return Transform(world, np.ascontiguousarray(rounded), origin[:n], spacing[:n], direction[:n, :n])
+
+
+def make_ddf(transform: Transform, geometry: Geometry, moving: Geometry | None = None) -> npt.NDArray[np.float32]:
+    """The field of `pipeline.algorithms.warp`, float32 [3, D, H, W] mm; arguments as in make_transform.
+
+    Raises:
+        TransformError: when the transform is that of another grid.
+    """
+    vectors, affine = transform.vectors_on(geometry), transform.affine
+    if geometry.source_dimension == 2:
+        vectors = np.pad(vectors, ((0, 0), (0, 0), (0, 0), (0, 1)))
+        affine = np.eye(4)
+        affine[np.ix_([0, 1, 3], [0, 1, 3])] = transform.affine
+    here, there = _frames(geometry, moving)
+    back = np.linalg.solve(there, affine)
+    local = back @ here - np.eye(4)
+    points = np.moveaxis(np.indices(geometry.shape, dtype=np.float64), 0, -1) * geometry.spacing_mm
+    ddf = vectors @ back[:3, :3].T + points @ local[:3, :3].T + local[:3, 3]
+    return np.ascontiguousarray(np.moveaxis(ddf, -1, 0), dtype=np.float32)
+
+
+def write_transform(
+    path: str | Path,
+    affine: Affine,
+    values: npt.NDArray[np.floating[Any]],
+    step_mm: Triple,
+    geometry: Geometry,
+    signature: dict[str, Any],
+    moving: Geometry | None = None,
+) -> None:
+    """Write the transform of a fitted field (arguments as in make_transform), whole or not at all.
+
+    Args:
+        path: `.h5` file.
+        signature: JSON-safe record of what the field depends on.
+
+    Raises:
+        ValueError: for a suffix other than .h5, and as make_transform.
         OSError: naming the file, with the system's errno, for example when the disk is full.
     """
     target = Path(path)
     if target.suffix != ".h5":
         raise ValueError(f"{target}: transforms are written as .h5")
-    transform = sitk.DisplacementFieldTransform(ddf_to_itk(ddf, geometry, moving))
-    _sidecar(target).unlink(missing_ok=True)
-    size = 8 * geometry.source_dimension * ddf[0].size + HDF5_OVERHEAD
+    content = _encode(make_transform(affine, values, step_mm, geometry, moving), signature)
     with replace_file(target) as temporary:
-        _reserve(temporary, size)
-        try:
-            sitk.WriteTransform(transform, str(temporary))
-        except RuntimeError as error:
-            free = os.statvfs(target.parent)
-            code = errno.ENOSPC if free.f_bavail * free.f_frsize < size else errno.EIO
-            raise OSError(code, os.strerror(code), str(target)) from error
-    with replace_file(_sidecar(target)) as temporary:
-        temporary.write_text(json.dumps(signature, sort_keys=True, indent=1))
+        temporary.write_bytes(content)
 
 
-def read_transform(path: str | Path) -> sitk.DisplacementFieldTransform:
+def read_transform(path: str | Path) -> Transform:
     """Read a transform written by write_transform.
 
     Raises:
         FileNotFoundError: when it does not exist.
-        TransformError: when it is truncated, or not a displacement field.
+        TransformError: when it is truncated, or was not written by write_transform.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such transform")
     try:
-        return sitk.DisplacementFieldTransform(sitk.ReadTransform(str(path)))
-    except RuntimeError:
-        raise TransformError(f"{path}: not a displacement field, or a truncated or damaged one") from None
+        with h5py.File(path, "r", locking=False) as file:
+            return _decode(file)
+    except PermissionError:
+        raise
+    except (OSError, KeyError, ValueError):
+        raise TransformError(f"{path}: not a transform that samreg wrote, or a truncated or damaged one") from None
+
+
+def read_ddf(path: str | Path, geometry: Geometry, moving: Geometry | None = None) -> npt.NDArray[np.float32]:
+    """The field of a transform file on the grid of its fixed image, as make_ddf.
+
+    Raises:
+        FileNotFoundError, TransformError: as read_transform; naming the file when it is that of another grid.
+    """
+    transform = read_transform(path)
+    try:
+        return make_ddf(transform, geometry, moving)
+    except TransformError as error:
+        raise TransformError(f"{path}: {error}") from None
 
 
 def transform_signature(path: str | Path) -> dict[str, Any] | None:
-    """Signature of a finished transform, None when it is absent or unfinished."""
-    if not Path(path).exists():
-        return None
+    """Signature of a transform, None when there is none that is whole; the field is not read."""
     try:
-        signature: dict[str, Any] = json.loads(_sidecar(Path(path)).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        with h5py.File(path, "r", locking=False) as file:
+            signature: dict[str, Any] = json.loads(file[_SIGNATURE][()])
+    except PermissionError:
+        raise
+    except (OSError, KeyError):
         return None
     return signature
 
 
-def remove_transform(path: str | Path) -> None:
-    """Delete a transform and its signature; one that does not exist is no error."""
-    _sidecar(Path(path)).unlink(missing_ok=True)
-    Path(path).unlink(missing_ok=True)
+def _encode(transform: Transform, signature: dict[str, Any]) -> bytes:
+    """The file in ITK's HDF5 layout: the composite, then its members, of which the last is applied first."""
+    n = len(transform.origin)
+    size = transform.vectors.shape[-2::-1]
+    grid = [*size, *transform.origin, *transform.spacing, *transform.direction.ravel()]
+    linear = [*transform.affine[:-1, :-1].ravel(), *transform.affine[:-1, -1]]
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w", meta_block_size=512) as file:
+        file[_SIGNATURE] = np.bytes_(json.dumps(signature, sort_keys=True))
+        for key, text in (("HDFVersion", "1.8"), ("ITKVersion", "5.4"), ("OSName", ""), ("OSVersion", "")):
+            file[key] = _text(text)  # ITK expects them
+        members = [("CompositeTransform", None), ("AffineTransform", np.zeros(n)), ("DisplacementFieldTransform", grid)]
+        for index, (kind, fixed) in enumerate(members):
+            group = file.create_group(f"TransformGroup/{index}")
+            group["TransformType"] = _text(f"{kind}_double_{n}_{n}")
+            if fixed is not None:
+                group["TransformFixedParameters"] = np.array(fixed, dtype=np.float64)
+        file["TransformGroup/1/TransformParameters"] = np.array(linear, dtype=np.float64)
+        flat = transform.vectors.ravel()
+        file["TransformGroup/2"].create_dataset(
+            "TransformParameters", data=flat, chunks=(min(len(flat), _CHUNK),), shuffle=True, compression=9
+        )
+    return buffer.getvalue()
 
 
-def ddf_to_itk(ddf: npt.NDArray[np.floating[Any]], geometry: Geometry, moving: Geometry | None = None) -> sitk.Image:
-    """Vector image (float64, 2 or 3 components) of a [3, D, H, W] field; arguments as in write_transform."""
-    if ddf.shape != (3, *geometry.shape):
-        raise ValueError(f"field must be [3, {', '.join(map(str, geometry.shape))}], got {ddf.shape}")
-    if not np.isfinite(ddf).all():
-        raise ValueError("field holds NaN or infinite displacements")
-    vectors = to_file_axes(np.moveaxis(np.asarray(ddf, dtype=np.float64), 0, -1), geometry)
-    world = _local_vectors_to_world(vectors, geometry, moving)
-    dimension, grid = geometry.source_dimension, geometry.file_grid()
-    if dimension == 2:
-        world = world[0, ..., :2]
-    field = sitk.GetImageFromArray(np.ascontiguousarray(world), isVector=True)
-    field.SetSpacing(grid.spacing[:dimension])
-    field.SetOrigin(grid.origin[:dimension])
-    matrix = np.asarray(grid.direction).reshape(3, 3)[:dimension, :dimension]
-    field.SetDirection([float(v) for v in matrix.ravel()])
-    return field
+def _text(value: str) -> npt.NDArray[np.object_]:
+    return np.array([value.encode()], dtype=h5py.string_dtype("ascii"))
 
 
-def itk_to_ddf(field: sitk.Image, geometry: Geometry, moving: Geometry | None = None) -> npt.NDArray[np.float32]:
-    """Inverse of ddf_to_itk: float32 [3, D, H, W].
-
-    Raises:
-        TransformError: when the field lies on another grid than the fixed file's.
-    """
-    dimension, grid = geometry.source_dimension, geometry.file_grid()
-    if field.GetSize() != grid.size[:dimension]:
-        raise TransformError(f"field has size {field.GetSize()} (x, y, z), the image {grid.size[:dimension]}")
-    if not np.allclose(
-        [*field.GetSpacing(), *field.GetOrigin()], [*grid.spacing[:dimension], *grid.origin[:dimension]]
-    ):
-        raise TransformError("field lies elsewhere than the image: spacing or origin differ")
-    world = sitk.GetArrayFromImage(field).astype(np.float64)
-    if dimension == 2:
-        world = np.pad(world, ((0, 0), (0, 0), (0, 1)))[None]
-    vectors = from_file_axes(_world_vectors_to_local(world, geometry, moving), geometry)
-    return np.ascontiguousarray(np.moveaxis(vectors, -1, 0), dtype=np.float32)
+def _decode(file: h5py.File) -> Transform:
+    linear, grid = file["TransformGroup/1"], file["TransformGroup/2"]
+    fixed = grid["TransformFixedParameters"][()]
+    n = 3 if len(fixed) == 18 else 2
+    size, origin, spacing = fixed[:n].astype(int), fixed[n : 2 * n], fixed[2 * n : 3 * n]
+    vectors = grid["TransformParameters"][()].astype(np.float32).reshape(*size[::-1], n)
+    affine = np.eye(n + 1)
+    parameters = linear["TransformParameters"][()]
+    affine[:-1, :-1], affine[:-1, -1] = parameters[: n * n].reshape(n, n), parameters[n * n :]
+    return Transform(affine, vectors, origin, spacing, fixed[3 * n :].reshape(n, n))
 
 
-def _local_vectors_to_world(
-    vectors: npt.NDArray[np.float64], geometry: Geometry, moving: Geometry | None
-) -> npt.NDArray[np.float64]:
-    """[z, y, x, (z, y, x)] on the file's grid to [z, y, x, (x, y, z)] world."""
+def _placed(geometry: Geometry) -> tuple[Array, Array, Array]:
+    """World origin [3], voxel edges [3] (x, y, z) and directions [3, 3] of an image as ITK reads its file."""
+    here, _ = _frames(geometry, None)
+    columns = here[:3, 2::-1]
+    length = np.linalg.norm(columns, axis=0)
+    return here[:3, 3], length * geometry.spacing_mm[::-1], columns / length
+
+
+def _frames(geometry: Geometry, moving: Geometry | None) -> tuple[Affine, Affine]:
+    """4x4 from fixed-frame local mm to world: for positions in the fixed and for those in the moving file."""
     if geometry.has_spacing:
-        return vectors @ geometry.local_to_world()[:3, :3].T
-    here, there = _pitches(geometry, moving)
-    return (vectors[..., ::-1] + _pixels(vectors.shape)) * there - _pixels(vectors.shape) * here
-
-
-def _world_vectors_to_local(
-    world: npt.NDArray[np.float64], geometry: Geometry, moving: Geometry | None
-) -> npt.NDArray[np.float64]:
-    if geometry.has_spacing:
-        return world @ geometry.local_to_world()[:3, :3]
-    here, there = _pitches(geometry, moving)
-    return ((world + _pixels(world.shape) * here) / there - _pixels(world.shape))[..., ::-1]
-
-
-def _pitches(fixed: Geometry, moving: Geometry | None) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """(x, y, z) size that ITK gives a pixel of the fixed and of the moving file."""
-    source = fixed if moving is None else moving
-    return np.array(fixed.nominal_spacing[::-1]), np.array(source.nominal_spacing[::-1])
-
-
-def _pixels(shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
-    """Index (x, y, z) of every voxel, [z, y, x, 3]."""
-    return np.moveaxis(np.indices(shape[:3], dtype=np.float64), 0, -1)[..., ::-1]
-
-
-def _reserve(path: Path, size: int) -> None:
-    """Make sure of the space before HDF5 needs it: it ends the process when a write of its own fails."""
-    if not hasattr(os, "posix_fallocate"):  # macOS
-        return
-    with path.open("wb") as stream:
-        try:
-            os.posix_fallocate(stream.fileno(), 0, size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot reserve
-                raise
-
-
-def _sidecar(path: Path) -> Path:
-    return path.with_suffix(".json")
+        return geometry.local_to_world(), geometry.local_to_world()
+    here, there = (np.array([*g.nominal_spacing, 1.0]) for g in (geometry, geometry if moving is None else moving))
+    swap = np.eye(4)[[2, 1, 0, 3]]
+    return swap @ np.diag(here), swap @ np.diag(there)

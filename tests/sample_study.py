@@ -40,7 +40,9 @@ def write_study(root: Path, hostile: bool = False, shape: tuple[int, int, int] =
     for quality, (moving, fixed) in zip((0.9, 0.7), pairs, strict=True):
         geometry = read_image(fixed.image).geometry
         ddf = phantom.true_ddf(truth[moving.subject], truth[fixed.subject], geometry)
-        write_transform(folder.transform(_name(moving, fixed)), ddf, geometry, {"key": "k"})
+        write_transform(
+            folder.transform(_name(moving, fixed)), np.eye(4), ddf, geometry.spacing_mm, geometry, {"key": "k"}
+        )
         _write_rows(folder, moving, fixed, rois, quality)
     _write_records(folder, subjects, [_name(*pair) for pair in pairs])
     return folder.root

@@ -21,7 +21,7 @@ from pipeline.study import run_study
 from storage import tables
 from storage.cohort import Pair, read_cohort
 from storage.embeddings import EmbeddingStore
-from storage.transforms import itk_to_ddf, read_transform
+from storage.transforms import read_ddf
 from tests import phantoms
 
 QUICK = RefineConfig("demons", iterations=(20, 20))
@@ -174,7 +174,7 @@ def test_a_study_reports_the_refined_field_beside_that_of_the_rois(tmp_path: Pat
 
     folder = StudyFolder(tmp_path / "study")
     geometry = EmbeddingStore(folder.embeddings).read("a").geometry
-    written = itk_to_ddf(read_transform(folder.transform("p")).GetDisplacementField(), geometry)
+    written = read_ddf(folder.transform("p"), geometry)
     assert metrics.jacobian_stats(written, geometry.spacing_mm).sdlogj == pytest.approx(
         mean["sdlogj_refined"], rel=1e-3
     )

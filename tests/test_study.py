@@ -26,7 +26,6 @@ from pipeline.study import StudySummary, run_study
 from storage import tables
 from storage.cohort import Cohort, Pair, Subject, read_cohort
 from storage.embeddings import EmbeddingStore
-from storage.transforms import read_transform
 from tests import phantoms
 
 
@@ -89,7 +88,7 @@ def test_label_zero_is_the_mean_over_labels(finished: Path) -> None:
 def test_the_transform_does_to_the_user_s_files_what_the_table_says(finished: Path, cohort: Path) -> None:
     fixed = sitk.ReadImage(str(cohort.parent / "0_gt.nii.gz"))
     moving = sitk.ReadImage(str(cohort.parent / "1_gt.nii.gz"))
-    transform = read_transform(StudyFolder(finished).transform("b__a"))
+    transform = sitk.ReadTransform(str(StudyFolder(finished).transform("b__a")))
     moved = sitk.GetArrayFromImage(sitk.Resample(moving, fixed, transform, sitk.sitkNearestNeighbor))
     truth = sitk.GetArrayFromImage(fixed)
     row = next(
@@ -127,9 +126,7 @@ def test_ray_and_serial_give_the_same_tables(finished: Path, cohort: Path, tmp_p
     assert phantoms.study_tables(out) == phantoms.study_tables(finished)
     assert phantoms.study_bytes(out) == phantoms.study_bytes(finished)
     for path in sorted((finished / "transforms").glob("*.h5")):
-        here, there = read_transform(path), read_transform(out / "transforms" / path.name)
-        fields = [sitk.GetArrayFromImage(transform.GetDisplacementField()) for transform in (here, there)]
-        np.testing.assert_array_equal(*fields)
+        assert path.read_bytes() == (out / "transforms" / path.name).read_bytes()
 
 
 def test_the_plan_remembers_the_manifest_for_the_report(study: Path, cohort: Path) -> None:

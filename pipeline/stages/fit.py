@@ -131,6 +131,7 @@ def fit_pair(
     """Fit one pair, refine it if asked to, write its transform, and return its metrics rows."""
     from pipeline.algorithms.ddf import fit_ddf
     from pipeline.algorithms.pseudo_rois import Grids, held_out_columns
+    from pipeline.algorithms.warp import affine_ddf
 
     pair = item.pair
     fixed, moving = store.read(pair.fixed), store.read(pair.moving)
@@ -154,7 +155,10 @@ def fit_pair(
     rows = evaluate(known_fixed, known_moving, result, refined)
     if folder.keep_transforms:
         signature = {"pair": pair.pair, "moving": pair.moving, "fixed": pair.fixed, "key": pair.fit_key}
-        write_transform(folder.transform(pair.pair), result.ddf if refined is None else refined, here, signature, there)
+        lattice, step_mm = result.lattice, result.step_mm
+        if refined is not None:
+            lattice, step_mm = refined - affine_ddf(result.affine, *grids[:2]), here.spacing_mm
+        write_transform(folder.transform(pair.pair), result.affine, lattice, step_mm, here, signature, there)
     shared = {
         "pair": pair.pair,
         "moving": pair.moving,
