@@ -14,7 +14,6 @@ their grid, so analysis orientation is the file's own.
 from __future__ import annotations
 
 import csv
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import SimpleITK as sitk  # noqa: N813 (its own documentation's name)
 from pipeline.phantom_warp import Array, SubjectWarp, Triple, Variation, draw_warp, half_extent
 from storage.geometry import Geometry
 from storage.images import read_image
-from storage.transforms import write_transform
+from storage.transforms import transform_signature, write_transform
 
 Shape = tuple[int, int, int]
 
@@ -126,7 +125,7 @@ def make_cohort(
     """Write a cohort: images, labels, landmarks, the true transforms, and the manifest `cohort.csv`.
 
     Volumes are NIfTI; depth 1 gives PNG pictures, which have no spacing: then mm are pixels and `spacing_mm`
-    is not used. `truth/<subject>.h5` takes subject to template positions; the map itself is in the `.json`.
+    is not used. `truth/<subject>.h5` takes subject to template positions; the map itself is its signature.
     Subject i is the same in cohorts of any size. A subject's group is "a" or "b" in turn.
 
     Returns:
@@ -156,9 +155,16 @@ def make_cohort(
 
 
 def read_warp(cohort: str | Path, subject: str) -> SubjectWarp:
-    """The true map of a subject of a phantom cohort, given its manifest."""
-    path = Path(cohort).parent / "truth" / f"{subject}.json"
-    return SubjectWarp.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    """The true map of a subject of a phantom cohort, given its manifest.
+
+    Raises:
+        FileNotFoundError: when the cohort has none for the subject.
+    """
+    path = Path(cohort).parent / "truth" / f"{subject}.h5"
+    known = transform_signature(path)
+    if known is None:
+        raise FileNotFoundError(f"{path}: no known map of {subject}; the manifest must be that of a phantom cohort")
+    return SubjectWarp.from_dict(known)
 
 
 def _write_subject(
