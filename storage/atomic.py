@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from storage.sources import suffix
+
 _TOKEN_LENGTH = 8
 _LOCK = re.compile(rf"\..+\.[0-9a-f]{{{_TOKEN_LENGTH}}}\.lock")
 
@@ -25,7 +27,7 @@ def replace_file(path: Path) -> Iterator[Path]:
         OSError: naming `path`, for example when the disk is full; `path` is then as it was before.
     """
     name = f".{path.name}.{secrets.token_hex(_TOKEN_LENGTH // 2)}"
-    temporary, lock = path.with_name(name + path.suffix), path.with_name(f"{name}.lock")
+    temporary, lock = path.with_name(name + suffix(path)), path.with_name(f"{name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock.open("wb") as held:
@@ -66,8 +68,8 @@ def clear_abandoned(folders: Iterable[Path]) -> None:
         for lock in _locks(folder):
             if is_abandoned(lock):
                 name = lock.name.removesuffix(".lock")  # .<name>.<token>
-                suffix = Path(name[1 : -_TOKEN_LENGTH - 1]).suffix
-                lock.with_name(name + suffix).unlink(missing_ok=True)
+                ending = suffix(Path(name[1 : -_TOKEN_LENGTH - 1]))
+                lock.with_name(name + ending).unlink(missing_ok=True)
                 lock.unlink(missing_ok=True)
 
 

@@ -29,8 +29,10 @@ __all__ = [
     "read_image",
     "read_labels",
     "read_on_grid",
+    "read_voxels",
     "to_uint8",
     "to_unit",
+    "whole_numbers",
 ]
 
 _EXPECTED = "expected NIfTI, MHA, NRRD, a DICOM series folder, PNG, JPEG or TIFF"
@@ -67,7 +69,7 @@ def read_image(path: str | Path, slice_axis: SliceAxis = "auto") -> Image:
         ImageError: for a path that is missing, empty, truncated, not an image, 4D, multi-channel but not RGB,
             all-constant, or holds NaN or infinite voxels.
     """
-    array, grid, dimension, physical = _read_file(path)
+    array, grid, dimension, physical = read_voxels(path)
     try:
         geometry = Geometry.from_file_grid(grid, slice_axis, has_spacing=physical, source_dimension=dimension)
     except ValueError as error:
@@ -99,7 +101,7 @@ def read_on_grid(path: str | Path, like: Geometry, frames: bool = False) -> tupl
     Raises:
         ImageError: as read_image (constant is allowed), for another grid.
     """
-    array, grid, dimension, physical = _read_file(path, frames)
+    array, grid, dimension, physical = read_voxels(path, frames)
     try:
         own = Geometry.from_file_grid(grid, like.world_axis(), has_spacing=physical, source_dimension=dimension)
     except ValueError as error:
@@ -113,7 +115,12 @@ def read_on_grid(path: str | Path, like: Geometry, frames: bool = False) -> tupl
 
 
 def label_map(array: npt.NDArray[Any], own: Geometry, path: str | Path) -> npt.NDArray[np.int32]:
-    """Voxels of `read_on_grid` as label numbers in analysis orientation, int32 [D, H, W].
+    """Voxels of `read_on_grid` as label numbers in analysis orientation, int32 [D, H, W]; raises as whole_numbers."""
+    return np.ascontiguousarray(from_file_axes(whole_numbers(array, path), own))
+
+
+def whole_numbers(array: npt.NDArray[Any], path: str | Path) -> npt.NDArray[np.int32]:
+    """Voxels of `read_voxels` as label numbers, int32 [z, y, x].
 
     Raises:
         ImageError: for channels that differ, values that are not whole numbers.
@@ -126,7 +133,7 @@ def label_map(array: npt.NDArray[Any], own: Geometry, path: str | Path) -> npt.N
     labels = values.astype(np.int32)
     if not np.array_equal(labels, values):
         raise ImageError(f"{path}: labels must be whole 32-bit numbers, the largest here is {values.max()}")
-    return np.ascontiguousarray(from_file_axes(labels, own))
+    return labels
 
 
 def to_uint8(
@@ -162,8 +169,15 @@ def to_unit(
     return np.asarray(np.clip((image.array - np.float32(low)) / np.float32(high - low), 0, 1), dtype=np.float32)
 
 
-def _read_file(path: str | Path, frames: bool = False) -> tuple[npt.NDArray[Any], FileGrid, int, bool]:
-    """Array [z, y, x] or [z, y, x, channel] on the file's grid, the grid, its dimension, are mm real."""
+def read_voxels(path: str | Path, frames: bool = False) -> tuple[npt.NDArray[Any], FileGrid, int, bool]:
+    """Array [z, y, x] or [z, y, x, channel] on the file's grid, the grid, its dimension, are mm real.
+
+    Args:
+        frames: take the frames of a 4D file as channels, instead of refusing it.
+
+    Raises:
+        ImageError: for a path that is missing, empty, truncated, not an image, 4D, or multi-channel but not RGB.
+    """
     with local_copy(path) as local, _quiet_itk():
         if local.is_dir():
             image, dimension, physical = _read_series(local, path), 3, True

@@ -1,4 +1,4 @@
-"""Landmarks from CSV, in the local frame of their image."""
+"""Landmarks from and to CSV, in the local frame of their image."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from storage.atomic import replace_file
 from storage.geometry import Geometry
 from storage.sources import ImageError, local_copy
 
-__all__ = ["ImageError", "read_landmarks"]
+__all__ = ["ImageError", "read_landmarks", "rewrite_landmarks"]
 
 Points = npt.NDArray[np.float64]
 
@@ -51,6 +52,38 @@ def voxels_to_local(indices: Points, geometry: Geometry) -> Points:
     last = np.asarray(geometry.shape) - 1
     local: Points = np.where(flips, last - turned, turned) * np.asarray(geometry.spacing_mm)
     return local
+
+
+def local_to_voxels(points: Points, geometry: Geometry) -> Points:
+    """Inverse of voxels_to_local."""
+    perm, flips = geometry.source_axes
+    index = points / np.asarray(geometry.spacing_mm)
+    turned = np.where(flips, np.asarray(geometry.shape) - 1 - index, index)
+    voxels: Points = turned[:, np.argsort(perm)][:, ::-1]
+    return voxels
+
+
+def rewrite_landmarks(path: str | Path, target: Path, points: Points, geometry: Geometry) -> None:
+    """Write the CSV `path` anew with other positions, in the same kind of coordinates, everything else as it was.
+
+    Args:
+        target: file to write, whole or not at all.
+        points: [N, 3] local mm (z, y, x) in the image that `geometry` is of; NaN leaves its cells empty.
+        geometry: grid of the image that the points now lie in.
+
+    Raises:
+        ImageError: as read_landmarks.
+        OSError: naming the file, for example when the disk is full.
+    """
+    columns, rows = _read_csv(path)
+    wanted = _choose_columns(columns, geometry, path)
+    voxels = wanted[0] == "i" or not geometry.has_spacing
+    found = local_to_voxels(points, geometry) if voxels else local_to_world(points, geometry)
+    for (_, cells), position in zip(rows, found, strict=True):
+        for axis, name in enumerate(wanted):
+            cells[columns.index(name)] = "" if np.isnan(position[axis]) else f"{position[axis] + 0.0:.4f}"
+    with replace_file(target) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream, lineterminator="\n").writerows([columns, *(cells for _, cells in rows)])
 
 
 def world_to_local(points: Points, geometry: Geometry) -> Points:

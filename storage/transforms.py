@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +65,13 @@ class Transform:
         return moved
 
     def nodes(self) -> Array:
-        """Positions of the nodes, float64 [(nz,) ny, nx, n]."""
+        """Positions of the nodes, float64 [(nz,) ny, nx, n] mm (x, y, z)."""
         index = np.moveaxis(np.indices(self.vectors.shape[:-1], dtype=np.float64), 0, -1)[..., ::-1]
         positions: Array = (index * self.spacing) @ self.direction.T + self.origin
         return positions
 
-    def vectors_on(self, geometry: Geometry) -> Array:
-        """v at every voxel of the fixed image in analysis orientation, float64 [D, H, W, n] mm (x, y, z).
+    def dense(self, geometry: Geometry) -> Transform:
+        """The same with a node on every voxel of the fixed image, in analysis orientation.
 
         Raises:
             TransformError: when the lattice does not start on the first voxel of the image and cover it.
@@ -90,7 +90,7 @@ class Transform:
             position = np.arange(voxels) / step
             weights = np.clip(1 - np.abs(position[:, None] - np.arange(dense.shape[axis])), 0, None)
             dense = np.moveaxis(np.tensordot(weights, dense, axes=(1, axis)), 0, axis)
-        return dense if n == 3 else dense[None]
+        return replace(self, vectors=dense.astype(np.float32), spacing=edges[:n])
 
 
 def make_transform(
@@ -135,15 +135,30 @@ def make_transform(
     return Transform(world, np.ascontiguousarray(rounded), origin[:n], spacing[:n], direction[:n, :n])
 
 
+def to_itk(points: Array, geometry: Geometry) -> Array:
+    """Local positions [N, 3] (z, y, x) of an image as ITK gives them for its file, [N, n] (x, y, z)."""
+    matrix, _ = _frames(geometry, None)
+    positions: Array = (points @ matrix[:3, :3].T + matrix[:3, 3])[:, : geometry.source_dimension]
+    return positions
+
+
+def from_itk(points: Array, geometry: Geometry) -> Array:
+    """Inverse of to_itk."""
+    matrix, _ = _frames(geometry, None)
+    world = np.pad(points, ((0, 0), (0, 3 - points.shape[1])))
+    local: Array = (world - matrix[:3, 3]) @ np.linalg.inv(matrix[:3, :3]).T
+    return local
+
+
 def make_ddf(transform: Transform, geometry: Geometry, moving: Geometry | None = None) -> npt.NDArray[np.float32]:
     """The field of `pipeline.algorithms.warp`, float32 [3, D, H, W] mm; arguments as in make_transform.
 
     Raises:
         TransformError: when the transform is that of another grid.
     """
-    vectors, affine = transform.vectors_on(geometry), transform.affine
+    vectors, affine = transform.dense(geometry).vectors, transform.affine
     if geometry.source_dimension == 2:
-        vectors = np.pad(vectors, ((0, 0), (0, 0), (0, 0), (0, 1)))
+        vectors = np.pad(vectors[None], ((0, 0), (0, 0), (0, 0), (0, 1)))
         affine = np.eye(4)
         affine[np.ix_([0, 1, 3], [0, 1, 3])] = transform.affine
     here, there = _frames(geometry, moving)
@@ -176,7 +191,7 @@ def write_transform(
     target = Path(path)
     if target.suffix != ".h5":
         raise ValueError(f"{target}: transforms are written as .h5")
-    content = _encode(make_transform(affine, values, step_mm, geometry, moving), signature)
+    content = encode(make_transform(affine, values, step_mm, geometry, moving), signature)
     with replace_file(target) as temporary:
         temporary.write_bytes(content)
 
@@ -224,8 +239,8 @@ def transform_signature(path: str | Path) -> dict[str, Any] | None:
     return signature
 
 
-def _encode(transform: Transform, signature: dict[str, Any]) -> bytes:
-    """The file in ITK's HDF5 layout: the composite, then its members, of which the last is applied first."""
+def encode(transform: Transform, signature: dict[str, Any]) -> bytes:
+    """The `.h5` file, in ITK's HDF5 layout: the composite, then its members, of which the last is applied first."""
     n = len(transform.origin)
     size = transform.vectors.shape[-2::-1]
     grid = [*size, *transform.origin, *transform.spacing, *transform.direction.ravel()]
