@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from pipeline import cli_cohort, cli_demo, cli_report, cli_sweep, cli_weights
+from pipeline import cli_cohort, cli_demo, cli_export, cli_report, cli_sweep, cli_weights
 
 if TYPE_CHECKING:
     from pipeline.config import StudyConfig
@@ -194,6 +194,7 @@ def _errors_as_exit_codes(out: Path | None) -> Iterator[None]:
     from storage.manifest import CohortError
     from storage.sources import ImageError
     from storage.tables import TableError
+    from storage.transforms import TransformError
 
     try:
         yield
@@ -202,9 +203,9 @@ def _errors_as_exit_codes(out: Path | None) -> Iterator[None]:
         _stop(f"interrupted; what is finished is kept. Run the same command again to go on in {out}", code)
     except StudyError as error:
         _stop(str(error), FAILED)
-    except (UsageError, CohortError, ImageError, TableError, CheckpointError, PackageMissingError) as error:
+    except (UsageError, CohortError, ImageError, TableError, TransformError) as error:
         _stop(str(error), USAGE)
-    except (FileNotFoundError, PermissionError) as error:
+    except (CheckpointError, PackageMissingError, FileNotFoundError, PermissionError) as error:
         _stop(str(error), USAGE)
 
 
@@ -234,6 +235,8 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 _mount(cli_report.report)
 _mount(cli_sweep.sweep)
+_mount(cli_export.export)
+_mount(cli_export.apply)
 _mount(cli_demo.demo)
 _mount(cli_cohort.rois, cohort_app)
 _mount(cli_weights.list_weights, weights_app, "list")

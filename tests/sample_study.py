@@ -44,7 +44,7 @@ def write_study(root: Path, hostile: bool = False, shape: tuple[int, int, int] =
             folder.transform(_name(moving, fixed)), np.eye(4), ddf, geometry.spacing_mm, geometry, {"key": "k"}
         )
         _write_rows(folder, moving, fixed, rois, quality)
-    _write_records(folder, subjects, [_name(*pair) for pair in pairs])
+    _write_records(folder, subjects, pairs)
     return folder.root
 
 
@@ -114,8 +114,9 @@ def _write_rows(folder: StudyFolder, moving: Subject, fixed: Subject, rois: dict
     tables.write_part(folder.root, "metrics", part, tables.table_from_rows("metrics", rows))
 
 
-def _write_records(folder: StudyFolder, subjects: list[Subject], pairs: list[str]) -> None:
-    failed = f"{subjects[2].subject}__{subjects[0].subject}"
+def _write_records(folder: StudyFolder, subjects: list[Subject], done: list[tuple[Subject, Subject]]) -> None:
+    pairs = [*done, (subjects[2], subjects[0])]
+    failed = _name(*pairs[-1])
     failure = {
         "stage": "fit",
         "unit": failed,
@@ -132,7 +133,12 @@ def _write_records(folder: StudyFolder, subjects: list[Subject], pairs: list[str
     plan = {
         "subjects": {s.subject: {"encode": digest({"s": 1}), "prototypes": digest({"p": 1})} for s in subjects},
         "until": "fit",
-        "pairs": {"pair": [*pairs, failed], **dict.fromkeys(("match", "fit"), ["k"] * (len(pairs) + 1))},
+        "pairs": {
+            "pair": [_name(*pair) for pair in pairs],
+            "moving": [moving.subject for moving, _ in pairs],
+            "fixed": [fixed.subject for _, fixed in pairs],
+            **dict.fromkeys(("match", "fit"), ["k"] * len(pairs)),
+        },
         "manifest": {s.subject: {k: v for k, v in asdict(s).items() if k != "subject"} for s in subjects},
     }
     (folder.root / "plan.json").write_text(json.dumps(plan))

@@ -1,0 +1,94 @@
+"""`samreg export` and `samreg apply`: the commands, as functions for the command line to mount."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.dispatch import Failure
+    from storage.warping import LabelRule
+
+SHOWN = 20
+OutOption = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
+RuleOption = Annotated[
+    str, typer.Option("--label-rule", help="nearest, or linear: where the interpolated label is 0.5 or more.")
+]
+
+
+def export(
+    study: Annotated[Path, typer.Argument(help="Study folder, which samreg run has written.")],
+    *,
+    out: OutOption,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="itk, nifti, ants or learn2reg; repeatable.")
+    ] = None,
+    pairs: Annotated[list[str] | None, typer.Option("--pairs", help="Name of a pair; repeatable. All.")] = None,
+    images: Annotated[bool, typer.Option("--images", help="Also the warped moving images.")] = False,
+    labels: Annotated[bool, typer.Option("--labels", help="Also the warped moving labels.")] = False,
+    label_rule: RuleOption = "nearest",
+    dense: Annotated[
+        bool, typer.Option("--dense", help="itk: a vector for every voxel, not a coarse lattice.")
+    ] = False,
+) -> None:
+    """Write the transforms of a study for other programs, and warped images and labels."""
+    from pipeline.export import ExportRequest, export_study
+
+    request = ExportRequest(tuple(formats or ("itk",)), dense, images, labels, cast("LabelRule", label_rule))
+    summary = export_study(study, out, request, pairs or ())
+    typer.echo(f"{out}: {summary.done} pairs")
+    _end_with(summary.failures)
+
+
+def apply(
+    transform: Annotated[Path, typer.Argument(help="Study folder, or a transform file.")],
+    pair: Annotated[str | None, typer.Argument(help="Name of a pair of the study.")] = None,
+    *,
+    out: OutOption,
+    image: Annotated[list[str] | None, typer.Option("--image", help="Moving image to warp; repeatable.")] = None,
+    labels: Annotated[list[str] | None, typer.Option("--labels", help="Moving labels to warp; repeatable.")] = None,
+    landmarks: Annotated[
+        list[str] | None, typer.Option("--landmarks", help="CSV of points in the fixed image, taken to the moving.")
+    ] = None,
+    moving_landmarks: Annotated[
+        list[str] | None,
+        typer.Option("--moving-landmarks", help="CSV of points in the moving image, taken to the fixed."),
+    ] = None,
+    rois: Annotated[bool, typer.Option("--rois", help="Warp the moving subject's matched ROIs, a frame each.")] = False,
+    fixed: Annotated[str | None, typer.Option("--fixed", help="Fixed image of a transform file.")] = None,
+    moving: Annotated[str | None, typer.Option("--moving", help="Moving image of a transform file.")] = None,
+    label_rule: RuleOption = "nearest",
+    fill: Annotated[float, typer.Option("--fill", help="Intensity where the moving image does not reach.")] = 0.0,
+) -> None:
+    """Apply a transform to files: images and labels onto the fixed grid, landmarks either way."""
+    from pipeline.apply import Job, Options, file_mapping, pair_mapping
+    from pipeline.apply import apply as apply_to
+    from pipeline.errors import UsageError
+
+    if label_rule not in ("nearest", "linear"):
+        raise UsageError(f"--label-rule {label_rule} is not one of nearest, linear")
+    if pair is None and transform.is_dir():
+        raise UsageError(f"{transform} is a folder: name a pair of the study too, or give a transform file")
+    if pair is not None and (fixed or moving):
+        raise UsageError("--fixed and --moving are for a transform file; a study knows its images")
+    given = {"image": image, "labels": labels, "landmarks": landmarks, "moving_landmarks": moving_landmarks}
+    jobs = [Job(kind, path) for kind, paths in given.items() for path in paths or ()]
+    jobs += [Job("rois", "")] * rois
+    mapping = file_mapping(transform, fixed, moving) if pair is None else pair_mapping(transform, pair)
+    done, failures = apply_to(mapping, jobs, out, Options(cast("LabelRule", label_rule), fill))
+    for path in done:
+        typer.echo(str(path))
+    _end_with(failures)
+
+
+def _end_with(failures: Sequence[Failure]) -> None:
+    """Say what failed; exit code 1 if anything did."""
+    for failure in failures[:SHOWN]:
+        typer.echo(f"failed {failure.unit}: {failure.message}", err=True)
+    if len(failures) > SHOWN:
+        typer.echo(f"and {len(failures) - SHOWN} more failures", err=True)
+    if failures:
+        raise typer.Exit(1)

@@ -1,0 +1,97 @@
+"""The pairs of a finished study by name: their transforms, their grids, and names for files made from them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from pipeline.errors import UsageError
+from pipeline.folder import StudyFolder
+from pipeline.record import planned_pairs, planned_subjects
+from storage.cohort import Pair, Subject, subject_key
+from storage.geometry import Geometry
+from storage.signature import digest
+
+_LEARN2REG = re.compile(r".*?(\d{4})(_\d{4})?")
+
+
+@dataclass(frozen=True)
+class StudyPairs:
+    """Pairs and subjects of the latest run of a study.
+
+    Attributes:
+        folder: of the study.
+        pairs: by name.
+        subjects: manifest rows by name.
+    """
+
+    folder: StudyFolder
+    pairs: Mapping[str, Pair]
+    subjects: Mapping[str, Subject]
+
+    def find(self, name: str) -> Pair:
+        """The pair of a name.
+
+        Raises:
+            UsageError: naming the pairs most like it.
+        """
+        if name not in self.pairs:
+            near = get_close_matches(name, self.pairs, n=3) or list(self.pairs)[:3]
+            raise UsageError(f"{self.folder.root} has no pair {name!r}; it has {', '.join(near)} …")
+        return self.pairs[name]
+
+    def transform(self, pair: Pair) -> Path:
+        """Its transform file.
+
+        Raises:
+            FileNotFoundError: when the pair has none.
+        """
+        path = self.folder.transform(pair.pair)
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: pair {pair.pair} has no transform; samreg status says why")
+        return path
+
+    def grids(self, pair: Pair) -> tuple[Geometry, Geometry]:
+        """Grid of its fixed and of its moving image."""
+        store = self.folder.store
+        return store.geometry(pair.fixed), store.geometry(pair.moving)
+
+
+def read_study_pairs(study: Path) -> StudyPairs:
+    """Read what the latest run was asked for.
+
+    Raises:
+        UsageError: for a folder without pairs.
+    """
+    folder = StudyFolder(study)
+    plan = folder.read_plan()
+    pairs = planned_pairs(plan) if plan else None
+    if not plan or not pairs:
+        raise UsageError(f"{study} holds no registered pairs; make some with samreg run")
+    return StudyPairs(folder, {p.pair: p for p in pairs}, {s.subject: s for s in planned_subjects(plan)})
+
+
+def bids_labels(subjects: Iterable[str]) -> dict[str, str]:
+    """The letters and digits of each subject's name, which is all that BIDS allows; a hash more where two are equal."""
+    plain = {name: "".join(re.findall("[A-Za-z0-9]", name)) for name in subjects}
+    count = Counter(label.lower() for label in plain.values())
+    return {
+        name: label if label and count[label.lower()] == 1 else f"{label}{digest(name)[:8]}"
+        for name, label in plain.items()
+    }
+
+
+def learn2reg_names(pairs: Collection[Pair]) -> dict[str, str]:
+    """`disp_<fixed>_<moving>.nii.gz` by pair: four digits each where subjects are named as Learn2Reg's, else names."""
+    names: Sequence[str] = [name for pair in pairs for name in (pair.fixed, pair.moving)]
+    found = [_LEARN2REG.fullmatch(name) for name in names]
+    short = [match[1] if match else "" for match in found]
+    for ids in (short, [subject_key(name) for name in names]):
+        listed = [f"disp_{fixed}_{moving}.nii.gz" for fixed, moving in zip(ids[::2], ids[1::2], strict=True)]
+        if all(ids) and len(set(listed)) == len(listed):
+            break
+    return dict(zip((pair.pair for pair in pairs), listed, strict=True))
