@@ -246,7 +246,7 @@ def encode(transform: Transform, signature: dict[str, Any]) -> bytes:
     grid = [*size, *transform.origin, *transform.spacing, *transform.direction.ravel()]
     linear = [*transform.affine[:-1, :-1].ravel(), *transform.affine[:-1, -1]]
     buffer = io.BytesIO()
-    with h5py.File(buffer, "w", meta_block_size=512) as file:
+    with h5py.File(buffer, "w", libver=("v108", "v108"), meta_block_size=512) as file:
         file[_SIGNATURE] = np.bytes_(json.dumps(signature, sort_keys=True))
         for key, text in (("HDFVersion", "1.8"), ("ITKVersion", "5.4"), ("OSName", ""), ("OSVersion", "")):
             file[key] = _text(text)  # ITK expects them
@@ -259,7 +259,7 @@ def encode(transform: Transform, signature: dict[str, Any]) -> bytes:
         file["TransformGroup/1/TransformParameters"] = np.array(linear, dtype=np.float64)
         flat = transform.vectors.ravel()
         file["TransformGroup/2"].create_dataset(
-            "TransformParameters", data=flat, chunks=(min(len(flat), _CHUNK),), shuffle=True, compression=9
+            "TransformParameters", data=flat, chunks=(min(len(flat), _CHUNK),), shuffle=True, compression=4
         )
     return buffer.getvalue()
 
