@@ -3,7 +3,7 @@
 study/
   embeddings.zarr       features, ROI masks and prototypes of each subject
   rois/ correspondences/ unmatched/ metrics/ failures/ runs/    Parquet; cohort_rois/ after `samreg cohort rois`
-  transforms/           one ITK displacement field per pair
+  transforms/           one ITK transform per pair
   sweeps/               one folder per `samreg sweep`
   run.yaml              resolved configuration, versions, digests
   plan.json             the subjects, pairs and keys of the latest run, which `samreg status` compares with, and

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from actors.sam_variants import VARIANTS
+from pipeline.algorithms.fit_config import FitConfig
 from pipeline.dispatch import RAY_START_SECONDS
 from pipeline.folder import StudyFolder
 from pipeline.pairs import count_pairs
@@ -29,7 +30,7 @@ PAIR_SECONDS, PAIR_SLICE_SECONDS, PAIR_VOXEL_SECONDS = 0.1, 0.035, 2.5e-6
 START_SECONDS = 2.0
 CELL_BYTES, CELLS = 140, 64  # component_tree: bytes per feature cell with the masks; cells along the longer side
 SAM_SLICE_BYTES = 2_200_000
-TRANSFORM_BYTES = 24  # per voxel of the fixed image
+TRANSFORM_BYTES = 5  # per node of a lattice, compressed; its step is mostly that of the plane alone
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def make_plan(request: Request, out: Path) -> Plan:
         pairs=n_pairs,
         literal_encodes=round(n_pairs * _literal_encodes(round(depth))),
         store_bytes=round(len(subjects) * _mean([_subject_bytes(shape, weight_free) for shape in shapes])),
-        transform_bytes=round(n_pairs * TRANSFORM_BYTES * _mean([math.prod(shape) for shape in shapes])),
+        transform_bytes=round(n_pairs * _transform_bytes(request.config.fit, shapes)),
         seconds=START_SECONDS + _wall_seconds(work, workers, execution.executor),
         workers=workers,
         measured=measured is not None,
@@ -109,6 +110,11 @@ def _subject_seconds(shape: Shape, weight_free: bool) -> float:
 
 def _pair_seconds(shape: Shape) -> float:
     return PAIR_SECONDS + shape[0] * PAIR_SLICE_SECONDS + math.prod(shape) * PAIR_VOXEL_SECONDS
+
+
+def _transform_bytes(fit: FitConfig, shapes: Sequence[Shape]) -> float:
+    stride = fit.levels[-1].stride if fit.levels and fit.refine.method == "none" else 1
+    return TRANSFORM_BYTES / stride**2 * _mean([math.prod(shape) for shape in shapes])
 
 
 def _subject_bytes(shape: Shape, weight_free: bool) -> float:

@@ -74,8 +74,9 @@ def write_affine(affine: sitk.AffineTransform, path: Path) -> None:
     with replace_file(path) as temporary:
         try:
             sitk.WriteTransform(affine, str(temporary))
+            sitk.ReadTransform(str(temporary))  # ITK says nothing of a full disk
         except RuntimeError as error:
-            raise write_error(path, error) from error
+            raise write_error(path, temporary) from error
 
 
 def _on_file_grid(transform: Transform, fixed: Geometry) -> tuple[Array, Array]:

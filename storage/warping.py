@@ -15,9 +15,11 @@ import SimpleITK as sitk  # noqa: N813 (its own documentation's name)
 from storage.atomic import replace_file
 from storage.geometry import FileGrid, Geometry, to_file_axes
 from storage.images import read_voxels, whole_numbers
+from storage.integrity import check_file, not_finite
 from storage.sources import ImageError
 from storage.transforms import TransformError
 
+_PROBE = 1 << 20  # bytes
 LabelRule = Literal["nearest", "linear"]
 
 
@@ -46,9 +48,11 @@ def read_moving(path: str | Path, moving: Geometry | None = None, labels: bool =
         labels: only take whole numbers.
 
     Raises:
-        ImageError: as read_voxels; for a picture beside an image with spacing or the reverse.
+        ImageError: as read_voxels; for NaN or infinite voxels, a picture beside an image with spacing or the reverse.
     """
     array, grid, dimension, physical = read_voxels(path)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise not_finite(path, int((~np.isfinite(array)).sum()), array.size)
     if moving is not None:
         if (dimension, physical) != (moving.source_dimension, moving.has_spacing):
             kind = "a picture without spacing" if not physical else f"{dimension}D with a spacing in mm"
@@ -115,15 +119,23 @@ def write_image(image: sitk.Image, path: Path) -> None:
     with replace_file(path) as temporary:
         try:
             sitk.WriteImage(image, str(temporary), useCompression=True)
-        except RuntimeError as error:
-            raise write_error(path, error) from error
+            values = image.GetNumberOfPixels() * image.GetNumberOfComponentsPerPixel()
+            # ITK says nothing of a full disk
+            check_file(temporary, str(path), values * image.GetSizeOfPixelComponent())
+        except (RuntimeError, ImageError) as error:
+            raise write_error(path, temporary) from error
 
 
-def write_error(path: Path, error: RuntimeError) -> OSError:
-    """What ITK could not write, as an error of the system: it tells no reason itself."""
-    free = os.statvfs(path.parent)
-    code = errno.ENOSPC if free.f_bavail == 0 else errno.EIO
-    return OSError(code, f"{os.strerror(code)} ({str(error).splitlines()[-1].strip()})", str(path))
+def write_error(path: Path, temporary: Path) -> OSError:
+    """Why ITK could not write a file, which it does not tell: the system is asked to write more to it."""
+    try:
+        with temporary.open("ab") as stream:
+            stream.write(bytes(_PROBE))
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as reason:
+        return OSError(reason.errno, reason.strerror, str(path))
+    return OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
 
 def _resample(image: sitk.Image, transform: sitk.Transform, fixed: Geometry, how: int, fill: float) -> sitk.Image:

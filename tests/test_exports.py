@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +27,7 @@ from storage.transforms import Transform, TransformError, make_transform
 from storage.warping import write_image
 from tests.grids import GRIDS, Pair, make_field, make_landmarks, make_pair
 
+REPO = Path(__file__).resolve().parents[1]
 TOLERANCE_MM = 0.05
 
 
@@ -122,3 +127,30 @@ def test_another_grid_is_refused() -> None:
     transform = make_transform(*make_field(geometry), geometry)
     with pytest.raises(TransformError, match="does not cover"):
         displacement_image(transform, Geometry((9, 9, 9), (2.0, 1.0, 1.0)))
+
+
+@pytest.mark.parametrize("limit", [100, 60_000])
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".mha", ".mat"])
+def test_a_full_disk_is_an_error_with_its_number(tmp_path: Path, suffix: str, limit: int) -> None:
+    """ITK writes half a NIfTI without a word. A limit on file size stands in for the full disk."""
+    if suffix == ".mat" and limit > 100:
+        pytest.skip("a small file")
+    code = f"""
+import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from pathlib import Path
+import numpy as np, SimpleITK as sitk
+from storage.exports import write_affine
+from storage.warping import write_image
+image = sitk.GetImageFromArray(np.random.default_rng(0).normal(size=(20, 50, 60)))
+path = Path({str(tmp_path)!r}, "out", "a{suffix}")
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+try:
+    write_affine(sitk.AffineTransform(3), path) if path.suffix == ".mat" else write_image(image, path)
+except OSError as error:
+    print(error.errno, error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, check=False)
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"{errno.EFBIG} ")
+    assert str(tmp_path / "out" / f"a{suffix}") in done.stdout
+    assert os.listdir(tmp_path / "out") == []

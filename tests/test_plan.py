@@ -41,7 +41,7 @@ def test_sizes_are_those_of_the_run(shared_data: Path, tmp_path: Path) -> None:
     run_study(request.config, request.cohort, tmp_path / "study", reporter=SilentReporter())
     study = StudyFolder(tmp_path / "study")
     assert plan.store_bytes == pytest.approx(_bytes(study.embeddings), rel=0.5)
-    assert plan.transform_bytes == pytest.approx(_bytes(study.transforms), rel=0.2)
+    assert plan.transform_bytes == pytest.approx(_bytes(study.transforms), rel=0.3)
     again = make_plan(request, tmp_path / "study")
     assert again.measured
     assert START_SECONDS < again.seconds < 10 * plan.seconds
