@@ -119,11 +119,18 @@ def write_image(image: sitk.Image, path: Path) -> None:
     with replace_file(path) as temporary:
         try:
             sitk.WriteImage(image, str(temporary), useCompression=True)
-            values = image.GetNumberOfPixels() * image.GetNumberOfComponentsPerPixel()
-            # ITK says nothing of a full disk
-            check_file(temporary, str(path), values * image.GetSizeOfPixelComponent())
+            _check_written(temporary, image)
         except (RuntimeError, ImageError) as error:
             raise write_error(path, temporary) from error
+
+
+def _check_written(path: Path, image: sitk.Image) -> None:
+    """Raise for a file that was cut short, as by a full disk, of which ITK often says nothing."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    values = image.GetNumberOfPixels() * image.GetNumberOfComponentsPerPixel()
+    check_file(path, path.name, values * image.GetSizeOfPixelComponent())
 
 
 def write_error(path: Path, temporary: Path) -> OSError:
