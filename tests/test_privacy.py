@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -66,7 +67,10 @@ def test_headers_stay_behind(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     report = phantoms.samreg("report", out)
     assert report.returncode == 0, report.stderr
-    said = done.stdout + done.stderr + report.stdout + report.stderr
+    exported = phantoms.samreg("export", out, "--out", out / "exported", "--pairs", "p1__p2", "--images")
+    applied = phantoms.samreg("apply", out, "p2__p1", "--out", out / "applied", "--image", data / "n.nii")
+    assert (exported.returncode, applied.returncode) == (0, 0), exported.stderr + applied.stderr
+    said = "".join(call.stdout + call.stderr for call in (done, report, exported, applied))
     for command in (["status", out], ["plan", "--cohort", manifest, "--out", out]):
         shown = phantoms.samreg(*command)
         said += shown.stdout + shown.stderr
@@ -77,6 +81,8 @@ def test_headers_stay_behind(tmp_path: Path) -> None:
     for kind in ("transforms/*.h5", "report/index.html", "report/*.png", "failures/*.parquet", "run.yaml", "plan.json"):
         assert list(out.glob(kind)), kind
     stored = b"".join(path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file())
+    warped = out / "exported" / "sub-p2" / "sub-p2_from-p1_image.nii.gz"
+    stored += gzip.decompress(warped.read_bytes()) + (out / "applied" / "n_in-p1.nii").read_bytes()
     for secret in SECRETS:
         assert secret not in said
         assert secret.encode() not in stored
