@@ -25,11 +25,11 @@ from pipeline.algorithms import roi_fields
 from pipeline.algorithms.affine import Affine, robust_affine
 from pipeline.algorithms.bspline import ControlGrid, Lattice, compose, resample, smallest_jacobian, solve
 from pipeline.algorithms.fit_config import FitConfig, Level
+from pipeline.algorithms.regularity import SMALLEST_JACOBIAN, orientation_preserving, stays_above, unfolded
 from pipeline.algorithms.roi_fields import Points, RoiFields, RoiPair
 
 _FEWEST_FOR_AFFINE = 3
 _NO_LINEAR_PART_MM = 1e6
-_SMALLEST_JACOBIAN = 0.05
 _HALVINGS = 4
 
 
@@ -45,6 +45,7 @@ class FitResult:
         fallback: "none", or what was fitted instead for lack of ROI pairs: "identity" (no pair), "translation"
             (fewer than three).
         roi_overlap: float32 [K], soft Dice of each pair after the fit, 0..1.
+        damped: whether the affine part, or with `diffeomorphic` the field, had to be drawn back so as not to fold.
     """
 
     ddf: npt.NDArray[np.float32]
@@ -53,6 +54,7 @@ class FitResult:
     step_mm: tuple[float, float, float]
     fallback: str
     roi_overlap: npt.NDArray[np.float32]
+    damped: bool = False
 
 
 def fit_ddf(
@@ -82,7 +84,9 @@ def fit_ddf(
         return _identity(shape, spacing_mm)
     h0 = min(spacing_mm[1:]) if shape[0] == 1 else min(spacing_mm)
     rois = roi_fields.build(pairs, spacing_mm, moving_spacing_mm, moving_to_fixed, h0, device, config.confidence_power)
-    affine = _fit_affine(rois, config, h0, flat=shape[0] == 1)
+    affine, damped = orientation_preserving(
+        _fit_affine(rois, config, h0, flat=shape[0] == 1), rois.fixed_centroid.mean(0).cpu().numpy()
+    )
     u = None
     weights = rois.weight
     for level in config.levels:
@@ -92,6 +96,9 @@ def fit_ddf(
         weights = _reweighted(rois, points, affine, u, level.tau * h0, config.robust)
         u = _fit_level(rois, points, weights, affine, u, level, config, h0)
     assert u is not None
+    if config.diffeomorphic:
+        u, changed = unfolded(u, affine, SMALLEST_JACOBIAN)
+        damped |= changed
     overlap = _overlap(rois, rois.points(4 * h0, 1, config.points_per_roi), affine, u, h0)
     full = Lattice.over(shape, spacing_mm, 1, 0.0, device)
     total = resample(u, full).values
@@ -101,7 +108,8 @@ def fit_ddf(
     ddf = total + shift + matrix[:3, 3, None, None, None]
     fallback = "none" if len(pairs) >= _FEWEST_FOR_AFFINE else "translation"
     z, y, x = u.step_mm.tolist()
-    return FitResult(ddf.cpu().numpy(), affine, u.values.cpu().numpy(), (z, y, x), fallback, overlap.cpu().numpy())
+    nodes, dense, dice = (t.cpu().numpy() for t in (u.values, ddf, overlap))
+    return FitResult(dense, affine, nodes, (z, y, x), fallback, dice, damped)
 
 
 def _identity(shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> FitResult:
@@ -204,15 +212,17 @@ def _fit_level(
         curvature = curvature + anchor[:, None] * (across[rows] * across[cols])
         g, h = grid.gather(cell, gain, curvature)
         d = solve(grid, g, h, config.smoothness * h0**2)
-        u = _guarded_step(u, grid.expand(torch.clamp(d, -limit, limit)), matrix)
+        u = _guarded_step(u, grid.expand(torch.clamp(d, -limit, limit)), matrix, config.diffeomorphic)
     return u
 
 
-def _guarded_step(u: Lattice, delta: Tensor, matrix: Tensor) -> Lattice:
-    """Compose with the largest of delta, delta / 2, delta / 4 ... that keeps the sampled field one-to-one."""
+def _guarded_step(u: Lattice, delta: Tensor, matrix: Tensor, everywhere: bool) -> Lattice:
+    """Compose with the largest of delta, delta / 2, delta / 4 ... that folds no node, or no position of any cell."""
     for _ in range(_HALVINGS):
         moved = compose(u, delta, matrix)
-        if smallest_jacobian(moved, matrix) > _SMALLEST_JACOBIAN:
+        if smallest_jacobian(moved, matrix) > SMALLEST_JACOBIAN and (
+            not everywhere or stays_above(moved, matrix, SMALLEST_JACOBIAN)
+        ):
             return moved
         delta = delta / 2
     return u

@@ -71,6 +71,7 @@ class FitConfig:
         confidence_power: a pair weighs its confidence to this power.
         points_per_roi: about how many voxels of a ROI vote, for each of its slices.
         levels: coarse to fine.
+        diffeomorphic: det J > 0 everywhere in the written field, checked, and its inverse written beside it.
         refine: refinement on the intensities afterwards, off by default.
     """
 
@@ -83,4 +84,5 @@ class FitConfig:
     confidence_power: float = 2.0
     points_per_roi: int = 120
     levels: tuple[Level, ...] = field(default=DEFAULT_LEVELS)
+    diffeomorphic: bool = False
     refine: RefineConfig = RefineConfig()

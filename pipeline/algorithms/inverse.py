@@ -54,10 +54,9 @@ def invert(u: Lattice, affine: Affine, onto: Lattice, moving_to_fixed: Affine) -
     Raises:
         NotInvertedError: when T is not one-to-one.
     """
-    back = np.linalg.inv(moving_to_fixed)
-    start = np.linalg.inv(affine)
-    linear = back @ start @ moving_to_fixed
-    guess = _shape_of(onto, _COARSE)
+    back = _inverse(moving_to_fixed)
+    linear = back @ _inverse(affine) @ moving_to_fixed
+    guess = _coarser(onto, _COARSE)
     for lattice in (guess, onto):
         added = resample(guess, lattice).values.double().reshape(3, -1).T
         q = lattice.points().double().reshape(3, -1).T
@@ -81,7 +80,9 @@ def preimages(u: Lattice, affine: Affine, targets: Tensor, first: Tensor) -> Ten
         NotInvertedError: when some have none within `TOLERANCE`.
     """
     u = _double(u)
-    found = [_newton(u, affine, t, x) for t, x in zip(targets.split(_CHUNK), first.split(_CHUNK), strict=True)]
+    found = [
+        _newton(u, affine, t, x) for t, x in zip(torch.split(targets, _CHUNK), torch.split(first, _CHUNK), strict=True)
+    ]
     return torch.cat(found)
 
 
@@ -101,10 +102,10 @@ def inverse_error(
         moving_to_fixed: 4x4, moving-local mm to fixed-local mm.
         moving_extent_mm: [3] position of the last moving voxel (z, y, x), moving-local mm.
     """
-    back, extent = np.linalg.inv(moving_to_fixed), torch.as_tensor(moving_extent_mm)
+    back, extent = _inverse(moving_to_fixed), torch.as_tensor(moving_extent_mm)
     errors = []
     (affine, there), (linear, here) = ((matrix, _double(u)) for matrix, u in (forward, inverse))
-    for x in grid.points().double().reshape(3, -1).T.split(_CHUNK):
+    for x in torch.split(grid.points().double().reshape(3, -1).T, _CHUNK):
         q = _apply(back, _value(there, affine, x))
         inside = ((q > -1e-6) & (q < extent + 1e-6)).all(1)
         returned = _apply(moving_to_fixed, _value(here, linear, q[inside]))
@@ -116,10 +117,14 @@ def inverse_error(
 _NOWHERE = InverseError(float("nan"), float("nan"))
 
 
-def _shape_of(lattice: Lattice, stride: int) -> Lattice:
+def _coarser(lattice: Lattice, stride: int) -> Lattice:
     """The zero field on about every `stride`-th node."""
     nodes = [-(-(n - 1) // stride) + 1 for n in lattice.values.shape[1:]]
     return Lattice(lattice.values.new_zeros((3, *nodes)), lattice.step_mm * stride)
+
+
+def _inverse(matrix: Affine) -> Affine:
+    return np.asarray(np.linalg.inv(matrix), np.float64)
 
 
 def _double(u: Lattice) -> Lattice:
@@ -167,7 +172,8 @@ def _value(u: Lattice, affine: Affine, x: Tensor) -> Tensor:
     added = torch.nn.functional.grid_sample(
         u.values[None], place[None, None, None], padding_mode="border", align_corners=True
     )
-    return _apply(affine, x) + added[0, :, 0, 0].T
+    value: Tensor = _apply(affine, x) + added[0, :, 0, 0].T
+    return value
 
 
 def _slope(u: Lattice, affine: Affine, x: Tensor) -> Tensor:
@@ -185,8 +191,7 @@ def _slope(u: Lattice, affine: Affine, x: Tensor) -> Tensor:
     jump = [k * (n > 1) for k, n in zip((shape[1] * shape[2], shape[2], 1), shape, strict=True)]
     flat, row = u.values.reshape(3, -1), (z * shape[1] + y) * shape[2] + cell
     corner = {
-        bits: flat[:, row + sum(b * j for b, j in zip(bits, jump, strict=True))]
-        for bits in product((0, 1), repeat=3)
+        bits: flat[:, row + sum(b * j for b, j in zip(bits, jump, strict=True))] for bits in product((0, 1), repeat=3)
     }
     columns = []
     for axis in range(3):

@@ -13,17 +13,19 @@ from dataclasses import replace
 from itertools import product
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pipeline.algorithms.affine import Affine
 from pipeline.algorithms.bspline import Lattice
 
+SMALLEST_JACOBIAN = 0.05  # what the fit keeps everywhere, of which rounding on disk takes next to nothing
 _WORST = 4096  # cells whose exact coefficients are looked at first
 _CHUNK = 1 << 13  # cells at a time, which the cache holds
 _SMOOTHINGS = 60
 _REACH = 4  # nodes around a folded cell that are smoothed
-_SMALLEST_VOLUME = 0.1
+_VOLUMES = (0.1, 10.0)
 
 
 def smallest_determinant(u: Lattice, affine: Affine) -> float:
@@ -33,7 +35,7 @@ def smallest_determinant(u: Lattice, affine: Affine) -> float:
         u: displacement beside the affine part, mm.
         affine: 4x4, with a positive determinant.
     """
-    values, matrix = _continued(u), _linear(affine)
+    values, matrix = _continued(u), _linear(affine, u)
     quick = _quick_bounds(values, u.step_mm, matrix).reshape(-1)
     worst = quick.topk(min(_WORST, len(quick)), largest=False).indices
     found = float(_exact_bounds(values, u.step_mm, matrix, worst).min())
@@ -43,9 +45,9 @@ def smallest_determinant(u: Lattice, affine: Affine) -> float:
     return float(_exact_bounds(values, u.step_mm, matrix, rest).min())
 
 
-def stays_above(u: Lattice, affine: Affine, floor: float) -> bool:
+def stays_above(u: Lattice, affine: Affine | Tensor, floor: float) -> bool:
     """Whether det J > floor everywhere, by the bound of `smallest_determinant`."""
-    return not bool(_suspects(_continued(u), u.step_mm, _linear(affine), floor).any())
+    return not bool(_suspects(_continued(u), u.step_mm, _linear(affine, u), floor).any())
 
 
 def unfolded(u: Lattice, affine: Affine, floor: float) -> tuple[Lattice, bool]:
@@ -62,7 +64,7 @@ def unfolded(u: Lattice, affine: Affine, floor: float) -> tuple[Lattice, bool]:
     Raises:
         ValueError: when det A itself is not above the floor.
     """
-    matrix = _linear(affine)
+    matrix = _linear(affine, u)
     if not torch.linalg.det(matrix) > floor:
         raise ValueError(f"the affine part has determinant {torch.linalg.det(matrix):.3g}, not above {floor}")
     bad = _suspects(_continued(u), u.step_mm, matrix, floor)
@@ -82,22 +84,22 @@ def unfolded(u: Lattice, affine: Affine, floor: float) -> tuple[Lattice, bool]:
     return u, True
 
 
-def orientation_preserving(affine: Affine, center: np.ndarray) -> tuple[Affine, bool]:
-    """The affine, drawn towards a translation until it neither mirrors nor flattens, and whether that was needed.
+def orientation_preserving(affine: Affine, center: npt.NDArray[np.floating]) -> tuple[Affine, bool]:
+    """The affine drawn towards a translation until it neither mirrors, flattens nor inflates; whether it had to be.
 
     Args:
         affine: 4x4.
         center: [3], a position that keeps its image.
     """
     result = affine.copy()
-    while np.linalg.det(result[:3, :3]) < _SMALLEST_VOLUME:
+    while not _VOLUMES[0] < np.linalg.det(result[:3, :3]) < _VOLUMES[1]:
         result[:3, :3] = 0.9 * result[:3, :3] + 0.1 * np.eye(3)
     result[:3, 3] += (affine[:3, :3] - result[:3, :3]) @ center
     return result, bool((result != affine).any())
 
 
-def _linear(affine: Affine) -> Tensor:
-    return torch.as_tensor(affine[:3, :3], dtype=torch.float64)
+def _linear(affine: Affine | Tensor, u: Lattice) -> Tensor:
+    return torch.as_tensor(affine[:3, :3], dtype=torch.float64, device=u.values.device)
 
 
 def _continued(u: Lattice) -> Tensor:
@@ -127,7 +129,7 @@ def _quick_bounds(values: Tensor, step_mm: Tensor, matrix: Tensor) -> Tensor:
 
 def _exact_bounds(values: Tensor, step_mm: Tensor, matrix: Tensor, cells: Tensor) -> Tensor:
     """Smallest Bernstein coefficient of det J in cells given by flat index [M]: [M]."""
-    return torch.cat([_smallest_coefficient(values, step_mm, matrix, part) for part in cells.split(_CHUNK)])
+    return torch.cat([_smallest_coefficient(values, step_mm, matrix, part) for part in torch.split(cells, _CHUNK)])
 
 
 def _smallest_coefficient(values: Tensor, step_mm: Tensor, matrix: Tensor, cells: Tensor) -> Tensor:
