@@ -29,6 +29,7 @@ from pipeline.algorithms.rois import RoiConfig
 from pipeline.algorithms.tracks import TrackConfig
 from pipeline.errors import UsageError
 from pipeline.execution import ExecutionConfig
+from pipeline.output import OutputConfig
 from pipeline.pairs import PairsConfig
 from pipeline.presets import PRESETS
 
@@ -65,8 +66,15 @@ class StudyConfig(BaseModel):
     """What is measured beside labels and landmarks."""
     pairs: PairsConfig = PairsConfig()
     """Which pairs of the cohort are registered."""
+    output: OutputConfig = OutputConfig()
+    """What is written beside tables and transforms."""
     execution: ExecutionConfig = ExecutionConfig()
     """Where it runs; never changes a result."""
+
+    def outputs(self) -> tuple[str, ...]:
+        """The files that a fitted pair leaves, by their folder (`pipeline.folder.OUTPUTS`)."""
+        asked = {"transforms": True, "inverses": self.fit.diffeomorphic, "jacobians": self.output.jacobian}
+        return tuple(name for name, wanted in asked.items() if wanted)
 
     def resolved(self) -> dict[str, Any]:
         """Plain nested dict, every default filled in."""

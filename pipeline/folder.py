@@ -3,7 +3,7 @@
 study/
   embeddings.zarr       features, ROI masks and prototypes of each subject
   rois/ correspondences/ unmatched/ metrics/ failures/ runs/    Parquet; cohort_rois/ after `samreg cohort rois`
-  transforms/           one ITK transform per pair
+  transforms/           one ITK transform per pair; inverses/ and jacobians/ when asked for
   sweeps/               one folder per `samreg sweep`
   run.yaml              resolved configuration, versions, digests
   plan.json             the subjects, pairs and keys of the latest run, which `samreg status` compares with, and
@@ -30,6 +30,7 @@ from storage.atomic import clear_abandoned, replace_file
 from storage.cohort import subject_key
 from storage.embeddings import EmbeddingStore
 
+OUTPUTS = {"transforms": ".h5", "inverses": ".h5", "jacobians": ".nii.gz"}  # files of each pair, by folder
 STAGES = ("encode", "prototypes", "match", "fit")
 
 
@@ -45,7 +46,7 @@ class StudyFolder:
         root: the folder.
         encoded: root of the study whose embeddings and prototypes this one reads; None is itself.
         pooled: folder of prototypes made otherwise than those beside the embeddings.
-        keep_transforms: whether a fitted pair leaves its displacement field.
+        keep_transforms: whether a fitted pair leaves its displacement field and the other files of `OUTPUTS`.
     """
 
     root: Path
@@ -70,11 +71,15 @@ class StudyFolder:
 
     def transform(self, pair: str) -> Path:
         """The displacement field of a pair; the name is safe whatever the pair is called."""
-        return self.transforms / f"{subject_key(pair)}.h5"
+        return self.output("transforms", pair)
+
+    def output(self, name: str, pair: str) -> Path:
+        """A pair's file of `OUTPUTS`."""
+        return self.root / name / f"{subject_key(pair)}{OUTPUTS[name]}"
 
     def clear_abandoned(self) -> None:
         """Delete what killed writers left half done; once at the start of a run, under the lock."""
-        folders = [self.root, self.transforms, *(self.root / name for name in tables.SCHEMAS)]
+        folders = [self.root, *(self.root / name for name in (*OUTPUTS, *tables.SCHEMAS))]
         clear_abandoned(folders)
         self.store.clear_abandoned()
 

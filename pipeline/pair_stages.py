@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from pipeline import results
 from pipeline.dispatch import Failure
 from pipeline.errors import StudyError
 from pipeline.failures import FailureLog
-from pipeline.folder import StudyFolder
+from pipeline.folder import OUTPUTS, StudyFolder
 from pipeline.keys import PlannedPair
 from pipeline.stages import fit, match
 from storage import tables
@@ -42,7 +43,8 @@ def run_pairs(study: Study, pairs: Sequence[Pair], planned: Sequence[PlannedPair
     known = {pair.pair for pair in planned}
     unreadable = {pair.pair for pair in pairs if pair.pair not in known}
     ready = [pair for pair in planned if pair.pair not in study.failures.pairs]
-    fitted = _holding(study.folder, planned, unreadable)
+    outputs = study.config.outputs() if study.folder.keep_transforms else ()
+    fitted = _holding(study.folder, outputs, planned, unreadable)
     seconds = _match(study, ready, planned, unreadable)
     if study.asks_for("fit"):
         _fit(study, ready, fitted, seconds)
@@ -53,14 +55,22 @@ def run_pairs(study: Study, pairs: Sequence[Pair], planned: Sequence[PlannedPair
         _check_complete(study.folder.root, results.MATCHED, wanted, study.failures)
 
 
-def _holding(folder: StudyFolder, planned: Sequence[PlannedPair], unreadable: set[str]) -> set[str]:
-    """Pairs whose metrics and, where it is kept, transform still hold; other rows and transforms are removed."""
-    present = {path.name for path in folder.transforms.glob("*.h5")} if folder.transforms.exists() else set()
-    whole = [p for p in planned if not folder.keep_transforms or folder.transform(p.pair).name in present]
+def _holding(
+    folder: StudyFolder, outputs: Sequence[str], planned: Sequence[PlannedPair], unreadable: set[str]
+) -> set[str]:
+    """Pairs whose metrics and files still hold; other rows, and files of other pairs, are removed."""
+    present = {name: set(os.listdir(folder.root / name)) for name in OUTPUTS if (folder.root / name).exists()}
+
+    def has(name: str, pair: str) -> bool:
+        return folder.output(name, pair).name in present.get(name, ())
+
+    whole = [planned_pair for planned_pair in planned if all(has(name, planned_pair.pair) for name in outputs)]
     wanted = {pair.pair: (pair.fit_key, pair.part) for pair in whole}
     held = results.reconcile(folder.root, "metrics", wanted, unreadable)
-    for name in present - {folder.transform(pair).name for pair in held}:
-        (folder.transforms / name).unlink()
+    for name, files in present.items():
+        for file in files - {folder.output(name, pair).name for pair in held}:
+            if file.endswith(OUTPUTS[name]):
+                (folder.root / name / file).unlink()
     return held
 
 

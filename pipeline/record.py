@@ -85,6 +85,7 @@ def write_plan(
     pairs: Sequence[Pair] | None,
     planned: Sequence[PlannedPair],
     until: str,
+    outputs: Sequence[str],
 ) -> None:
     """Write `plan.json`: every subject and pair of this run with its keys, which are null where an input is unreadable.
 
@@ -94,6 +95,7 @@ def write_plan(
     folder.write_plan(
         {
             "until": until,
+            "outputs": list(outputs),
             "subjects": {
                 name: {"encode": keys[name].encode, "prototypes": keys[name].prototypes} if name in keys else None
                 for name in cohort.by_name()

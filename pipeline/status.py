@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def read_status(study: Path) -> Status:
     pairs = _planned_pairs(plan)
     failed_subjects = {stage: {r["subject"] for r in rows if r["stage"] == stage} for stage in ("encode", "prototypes")}
     failed_pairs = {stage: {r["pair"] for r in rows if r["stage"] == stage} for stage in ("match", "fit")}
-    done = _done(folder, subjects, pairs)
+    done = _done(folder, subjects, pairs, plan.get("outputs", ["transforms"]))
     lost = failed_subjects["encode"]
     counted = (
         _count("encode", subjects, done["encode"], lost, set()),
@@ -98,7 +98,10 @@ def _planned_pairs(plan: Mapping[str, Any]) -> dict[str, tuple[str | None, str |
 
 
 def _done(
-    folder: StudyFolder, subjects: Mapping[str, Any], pairs: Mapping[str, tuple[str | None, str | None]]
+    folder: StudyFolder,
+    subjects: Mapping[str, Any],
+    pairs: Mapping[str, tuple[str | None, str | None]],
+    outputs: Sequence[str],
 ) -> dict[str, set[str]]:
     """Units of each stage whose stored key is the planned one."""
     store, absent = EmbeddingStore(folder.embeddings), (None, None)
@@ -110,7 +113,11 @@ def _done(
             n for n, k in subjects.items() if k and _digest(store.prototypes_signature(n)) == k["prototypes"]
         },
         "match": {pair for pair, key in matched if pairs.get(pair, absent)[0] == key},
-        "fit": {pair for pair, key in fitted if pairs.get(pair, absent)[1] == key and folder.transform(pair).exists()},
+        "fit": {
+            pair
+            for pair, key in fitted
+            if pairs.get(pair, absent)[1] == key and all(folder.output(name, pair).exists() for name in outputs)
+        },
     }
 
 

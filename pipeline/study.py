@@ -195,7 +195,7 @@ class Study:
         keys: Mapping[str, SubjectKeys],
     ) -> list[Any]:
         planned = plan_pairs(self.config, pairs or (), list(self.subjects), inputs, keys)
-        record.write_plan(self.folder, self.cohort, keys, pairs, planned, self.until)
+        record.write_plan(self.folder, self.cohort, keys, pairs, planned, self.until, self.config.outputs())
         return planned
 
     def _digest_inputs(self) -> dict[str, InputDigests]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = "3"
 
 _TEXT, _INT, _SCORE, _MEASURE, _TIME = (
     pa.string(),
@@ -143,7 +143,25 @@ _REFINED: _Columns = [
         ("hd95_vox", "voxel"),
         ("sdlogj", "1"),
         ("fold_fraction", "1"),
+        ("fold_fraction_rois", "1"),
+        ("roi_dice", "1"),
+        ("roi_dice_min", "1"),
     )
+]
+
+_INVERSE_ERROR: _Columns = [
+    (
+        f"inverse_error_{unit}{ending}",
+        _MEASURE,
+        shown,
+        f"{which} distance that going there and back by the inverse "
+        f"leads away from a fixed voxel, where it stays in the moving image{note}",
+    )
+    for unit, shown, note in (
+        ("mm", "mm", "; empty without spacing"),
+        ("vox", "voxel", ", in voxels of the fixed grid"),
+    )
+    for ending, which in (("", "mean"), ("_p95", "95th percentile of the"))
 ]
 
 METRICS = _schema(
@@ -181,6 +199,21 @@ METRICS = _schema(
             "1",
             "part of the fixed grid with Jacobian determinant <= 0",
         ),
+        (
+            "fold_fraction_rois",
+            _MEASURE,
+            "1",
+            "the same of the matched fixed ROIs and the voxels within two shortest voxel edges of them",
+        ),
+        ("roi_dice", _MEASURE, "1", "mean Dice of the matched ROIs, which the field was fitted to, after registration"),
+        ("roi_dice_min", _MEASURE, "1", "that of the worst of them"),
+        (
+            "jacobian_min",
+            _MEASURE,
+            "1",
+            "lower bound of the Jacobian determinant anywhere in the written field; empty without fit.diffeomorphic",
+        ),
+        *_INVERSE_ERROR,
         *_REFINED,
         ("n_rois", _INT, "", "matched ROI pairs in the fit"),
         ("n_slices", _INT, "", "fixed slices that hold a matched ROI"),
@@ -189,11 +222,18 @@ METRICS = _schema(
             "flag",
             _TEXT,
             "",
-            "what to look at: fallback_*, worse_than_affine, labels_in_fit (fitted to these labels)",
+            "what to look at: fallback_*, worse_than_affine, labels_in_fit (fitted to these labels), damped and "
+            "inverse_damped (drawn back so as not to fold)",
         ),
         ("seconds_match", _MEASURE, "s", "wall time of matching"),
         ("seconds_fit", _MEASURE, "s", "wall time of the fit"),
         ("seconds_refine", _MEASURE, "s", "wall time of the intensity refinement; empty when that is off"),
+        (
+            "seconds_inverse",
+            _MEASURE,
+            "s",
+            "wall time of checking the field and inverting it; empty when not asked for",
+        ),
         *_KEY,
     ]
 )

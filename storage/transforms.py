@@ -150,17 +150,30 @@ def from_itk(points: Array, geometry: Geometry) -> Array:
     return local
 
 
+def stored_field(
+    transform: Transform, geometry: Geometry, moving: Geometry | None = None
+) -> tuple[Affine, Array, Triple]:
+    """What make_transform was given, as it is after rounding: affine, values [3, nz, ny, nx] and step_mm."""
+    vectors, affine = transform.vectors.astype(np.float64), _homogeneous(transform)
+    if len(transform.origin) == 2:
+        vectors = np.pad(vectors, ((0, 0), (0, 0), (0, 1)))[None]
+    here, there = _frames(geometry, moving)
+    back = np.linalg.solve(there, affine)
+    steps = np.ones(3)
+    steps[: len(transform.spacing)] = transform.spacing / _placed(geometry)[1][: len(transform.spacing)]
+    z, y, x = (float(step) for step in steps[::-1] * geometry.spacing_mm)
+    return back @ here, np.ascontiguousarray(np.moveaxis(vectors @ back[:3, :3].T, -1, 0)), (z, y, x)
+
+
 def make_ddf(transform: Transform, geometry: Geometry, moving: Geometry | None = None) -> npt.NDArray[np.float32]:
     """The field of `pipeline.algorithms.warp`, float32 [3, D, H, W] mm; arguments as in make_transform.
 
     Raises:
         TransformError: when the transform is that of another grid.
     """
-    vectors, affine = transform.dense(geometry).vectors, transform.affine
+    vectors, affine = transform.dense(geometry).vectors, _homogeneous(transform)
     if geometry.source_dimension == 2:
         vectors = np.pad(vectors[None], ((0, 0), (0, 0), (0, 0), (0, 1)))
-        affine = np.eye(4)
-        affine[np.ix_([0, 1, 3], [0, 1, 3])] = transform.affine
     here, there = _frames(geometry, moving)
     back = np.linalg.solve(there, affine)
     local = back @ here - np.eye(4)
@@ -262,6 +275,14 @@ def encode(transform: Transform, signature: dict[str, Any]) -> bytes:
             "TransformParameters", data=flat, chunks=(min(len(flat), _CHUNK),), shuffle=True, compression=4
         )
     return buffer.getvalue()
+
+
+def _homogeneous(transform: Transform) -> Affine:
+    """The affine part as 4x4, also of a 2D transform."""
+    affine = np.eye(4)
+    kept = [*range(len(transform.origin)), 3]
+    affine[np.ix_(kept, kept)] = transform.affine
+    return affine
 
 
 def _text(value: str) -> npt.NDArray[np.object_]:

@@ -133,6 +133,7 @@ def _write_records(folder: StudyFolder, subjects: list[Subject], done: list[tupl
     plan = {
         "subjects": {s.subject: {"encode": digest({"s": 1}), "prototypes": digest({"p": 1})} for s in subjects},
         "until": "fit",
+        "outputs": ["transforms"],
         "pairs": {
             "pair": [_name(*pair) for pair in pairs],
             "moving": [moving.subject for moving, _ in pairs],

@@ -9,7 +9,7 @@ Where det J > 0 everywhere (`pipeline.algorithms.regularity`) it exists for ever
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -24,22 +24,11 @@ TOLERANCE = 1e-3  # of the shortest lattice step
 _STEPS = 100
 _CHUNK = 1 << 15  # points at a time, which the cache holds
 _COARSE = 4
+_ON_BORDER = 1e-6  # of a voxel
 
 
 class NotInvertedError(ValueError):
     """Positions without a preimage, which a map that folds nowhere does not have."""
-
-
-@dataclass(frozen=True)
-class InverseError:
-    """|S(T(x)) - x| over the fixed voxels that T carries into the moving image; NaN where it carries none there.
-
-    Attributes:
-        mean, p95: mean and 95th percentile, mm.
-    """
-
-    mean: float
-    p95: float
 
 
 def invert(u: Lattice, affine: Affine, onto: Lattice, moving_to_fixed: Affine) -> tuple[Affine, Lattice]:
@@ -86,35 +75,28 @@ def preimages(u: Lattice, affine: Affine, targets: Tensor, first: Tensor) -> Ten
     return torch.cat(found)
 
 
-def inverse_error(
-    forward: tuple[Affine, Lattice],
-    inverse: tuple[Affine, Lattice],
-    grid: Lattice,
-    moving_to_fixed: Affine,
-    moving_extent_mm: npt.NDArray[np.float64],
-) -> InverseError:
-    """How far going there and back leads away from the start.
+def round_trip(
+    forward: tuple[Affine, Lattice], inverse: tuple[Affine, Lattice], grid: Lattice, moving_to_fixed: Affine
+) -> npt.NDArray[np.float64]:
+    """S(T(x)) - x of the fixed voxels that T carries into the moving image: [P, 3] mm; none may be.
 
     Args:
         forward: affine part and displacement of T.
-        inverse: those of S.
+        inverse: those of S; its nodes are the moving voxels.
         grid: lattice of the fixed voxels.
         moving_to_fixed: 4x4, moving-local mm to fixed-local mm.
-        moving_extent_mm: [3] position of the last moving voxel (z, y, x), moving-local mm.
     """
-    back, extent = _inverse(moving_to_fixed), torch.as_tensor(moving_extent_mm)
+    back, size = _inverse(moving_to_fixed), torch.tensor(inverse[1].values.shape[1:])
+    step = inverse[1].step_mm.double().cpu()
+    margin = torch.where(size == 1, step / 2, _ON_BORDER * step)
     errors = []
     (affine, there), (linear, here) = ((matrix, _double(u)) for matrix, u in (forward, inverse))
     for x in torch.split(grid.points().double().reshape(3, -1).T, _CHUNK):
         q = _apply(back, _value(there, affine, x))
-        inside = ((q > -1e-6) & (q < extent + 1e-6)).all(1)
+        inside = ((q >= -margin.to(q)) & (q <= ((size - 1) * step + margin).to(q))).all(1)
         returned = _apply(moving_to_fixed, _value(here, linear, q[inside]))
-        errors.append((returned - x[inside]).norm(dim=1))
-    error = torch.cat(errors).cpu().numpy()
-    return InverseError(float(error.mean()), float(np.percentile(error, 95))) if len(error) else _NOWHERE
-
-
-_NOWHERE = InverseError(float("nan"), float("nan"))
+        errors.append((returned - x[inside]).cpu().numpy())
+    return np.concatenate(errors)
 
 
 def _coarser(lattice: Lattice, stride: int) -> Lattice:
@@ -162,14 +144,15 @@ def _solved(slope: Tensor, rest: Tensor) -> Tensor:
     """slope^-1 rest by Cramer's rule, [P, 3, 3] and [P, 3]; LAPACK takes longer for a matrix this small."""
     a, b, c = slope.unbind(2)
     bc, ca, ab = torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)
-    return torch.stack([(n * rest).sum(1) for n in (bc, ca, ab)], 1) / (a * bc).sum(1, keepdim=True)
+    solved: Tensor = torch.stack([(n * rest).sum(1) for n in (bc, ca, ab)], 1) / (a * bc).sum(1, keepdim=True)
+    return solved
 
 
 def _value(u: Lattice, affine: Affine, x: Tensor) -> Tensor:
     """T(x) [P, 3] at positions [P, 3] mm, in float64."""
     last = torch.tensor(u.values.shape[1:], device=x.device) - 1
     place = (2 * x / (u.step_mm.to(x) * last.clamp_min(1)) - 1).flip(1)
-    added = torch.nn.functional.grid_sample(
+    added: Tensor = torch.nn.functional.grid_sample(
         u.values[None], place[None, None, None], padding_mode="border", align_corners=True
     )
     value: Tensor = _apply(affine, x) + added[0, :, 0, 0].T

@@ -10,6 +10,7 @@ from scipy import ndimage
 
 Mask = npt.NDArray[np.bool_]
 Triple = tuple[float, float, float]
+_SMALLEST_LOGGED = 1e-3
 
 
 def dice(a: Mask, b: Mask) -> float:
@@ -41,10 +42,12 @@ class JacobianStats:
     Attributes:
         sdlogj: standard deviation of the natural logarithm of det J, values below 0.001 raised to it.
         fold_fraction: share of voxels with det J <= 0, 0..1.
+        fold_fraction_near: the same among the voxels that were asked for; NaN where there are none.
     """
 
     sdlogj: float
     fold_fraction: float
+    fold_fraction_near: float
 
 
 def jacobian_determinant(ddf: npt.NDArray[np.floating], spacing: Triple) -> npt.NDArray[np.float64]:
@@ -66,11 +69,18 @@ def jacobian_determinant(ddf: npt.NDArray[np.floating], spacing: Triple) -> npt.
     return np.asarray(a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g))
 
 
-def jacobian_stats(ddf: npt.NDArray[np.floating], spacing: Triple) -> JacobianStats:
-    """Regularity of a DDF [3, D, H, W] in the unit of `spacing`, over the whole volume."""
+def log_jacobian(ddf: npt.NDArray[np.floating], spacing: Triple) -> npt.NDArray[np.float64]:
+    """Natural logarithm of det J, [D, H, W], values below 0.001 raised to it; above 0 the moving image is larger."""
+    return np.asarray(np.log(np.maximum(jacobian_determinant(ddf, spacing), _SMALLEST_LOGGED)))
+
+
+def jacobian_stats(ddf: npt.NDArray[np.floating], spacing: Triple, near: Mask | None = None) -> JacobianStats:
+    """Regularity of a DDF [3, D, H, W] in the unit of `spacing`, over the whole volume and `near` [D, H, W] of it."""
     determinant = jacobian_determinant(ddf, spacing)
-    logarithm = np.log(np.maximum(determinant, 1e-3))
-    return JacobianStats(float(logarithm.std()), float((determinant <= 0).mean()))
+    logarithm = np.log(np.maximum(determinant, _SMALLEST_LOGGED))
+    folded = determinant <= 0
+    close = folded[near] if near is not None and near.any() else np.full(1, np.nan)
+    return JacobianStats(float(logarithm.std()), float(folded.mean()), float(close.mean()))
 
 
 def _centroid(mask: Mask) -> list[float]:

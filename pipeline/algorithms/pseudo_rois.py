@@ -22,6 +22,7 @@ from scipy.sparse import csgraph
 from pipeline.algorithms import metrics, warp
 from pipeline.algorithms.ddf import FitResult
 from pipeline.algorithms.roi_fields import Roi, RoiPair
+from pipeline.algorithms.roi_overlap import carry
 
 Mask = npt.NDArray[np.bool_]
 Indices = npt.NDArray[np.int64]
@@ -143,21 +144,6 @@ def _measure(pair: RoiPair, maps: Sequence[warp.Array], grids: Grids) -> dict[st
             row[f"tre_mm{ending}"] = metrics.centroid_distance(here, there, grids.spacing_mm)
             row[f"tre_vox{ending}"] = metrics.centroid_distance(here, there, (1.0, 1.0, 1.0))
     return row
-
-
-def carry(roi: Roi, indices: warp.Array, in_plane: bool) -> Mask:
-    """Nearest-neighbour sample of a moving ROI at `indices` [3, D, H, W], moving voxels: bool [D, H, W].
-
-    Args:
-        in_plane: look up the ROI's only slice whatever the slice index is.
-    """
-    place = np.rint(indices - np.reshape(roi.offset, (3, 1, 1, 1))).astype(np.int64)
-    if in_plane:
-        place[0] = 0
-    inside = ((place >= 0) & (place < np.reshape(roi.mask.shape, (3, 1, 1, 1)))).all(axis=0)
-    found = np.zeros(inside.shape, bool)
-    found[inside] = roi.mask[tuple(place[:, inside])]
-    return found
 
 
 def summarise(rows: Sequence[dict[str, float]], has_spacing: bool) -> dict[str, float]:

@@ -21,6 +21,7 @@ from pipeline.algorithms.affine import Affine
 from pipeline.algorithms.bspline import Lattice
 
 SMALLEST_JACOBIAN = 0.05  # what the fit keeps everywhere, of which rounding on disk takes next to nothing
+SMALLEST_INVERSE_JACOBIAN = 0.01
 _WORST = 4096  # cells whose exact coefficients are looked at first
 _CHUNK = 1 << 13  # cells at a time, which the cache holds
 _SMOOTHINGS = 60

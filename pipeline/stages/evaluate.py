@@ -6,6 +6,7 @@ distance. Label 0 is the mean over the labels that both maps hold.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.algorithms import metrics, warp
+from pipeline.algorithms.roi_overlap import near_rois, roi_dice
 from storage.geometry import Geometry, center_alignment, moving_to_fixed
 
 if TYPE_CHECKING:
     from pipeline.algorithms.ddf import FitResult
+    from pipeline.algorithms.roi_fields import RoiPair
 
 Row = dict[str, Any]
 Field = npt.NDArray[np.float32]
@@ -39,17 +42,27 @@ class Reference:
     landmarks: npt.NDArray[np.float64] | None = None
 
 
-def evaluate(fixed: Reference, moving: Reference, fit: FitResult, refined: Field | None = None) -> list[Row]:
+def evaluate(
+    fixed: Reference,
+    moving: Reference,
+    fit: FitResult,
+    refined: Field | None = None,
+    rois: Sequence[RoiPair] = (),
+) -> list[Row]:
     """Metric rows of one pair without its names: label 0 first, then the labels in order.
 
     Args:
+        rois: what was matched.
         refined: the field [3, D, H, W] mm after intensity refinement, where there was one.
 
     Raises:
         ValueError: for landmark files of different length.
     """
     fields = {"": fit.ddf} if refined is None else {"": fit.ddf, "_refined": refined}
-    shared = {**_field_columns(fields, fixed.geometry), **_landmark_columns(fixed, moving, fit, fields)}
+    shared = {
+        **_field_columns(fields, fixed.geometry, moving.geometry, rois),
+        **_landmark_columns(fixed, moving, fit, fields),
+    }
     if fixed.labels is None or moving.labels is None:
         return [{"label": 0, **shared}]
     rows = _label_rows(fixed, moving, fit, fields)
@@ -135,9 +148,19 @@ def _mean_distance(differences: npt.NDArray[np.float64]) -> float:
     return float(np.linalg.norm(differences, axis=1).mean())
 
 
-def _field_columns(fields: Fields, geometry: Geometry) -> Row:
+def _field_columns(fields: Fields, fixed: Geometry, moving: Geometry, rois: Sequence[RoiPair]) -> Row:
+    """Regularity of the fields, and what they make of the ROIs that they were fitted to."""
     columns: Row = {}
+    near = near_rois([pair.fixed for pair in rois], fixed.shape, fixed.spacing_mm)
+    between = moving_to_fixed(fixed, moving)
     for ending, ddf in fields.items():
-        found = metrics.jacobian_stats(ddf, geometry.spacing_mm)
+        found = metrics.jacobian_stats(ddf, fixed.spacing_mm, near)
         columns |= {f"sdlogj{ending}": found.sdlogj, f"fold_fraction{ending}": found.fold_fraction}
+        if rois:
+            dice = roi_dice(rois, warp.moving_indices(ddf, fixed.spacing_mm, between, moving.spacing_mm))
+            columns |= {
+                f"fold_fraction_rois{ending}": found.fold_fraction_near,
+                f"roi_dice{ending}": float(dice.mean()),
+                f"roi_dice_min{ending}": float(dice.min()),
+            }
     return columns

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +13,22 @@ import numpy.typing as npt
 
 from actors.input_config import InputConfig
 from pipeline import results
+from pipeline.algorithms.metrics import log_jacobian
+from pipeline.algorithms.warp import affine_ddf
 from pipeline.config import StudyConfig
 from pipeline.dispatch import Failure, Task, attempt
 from pipeline.folder import StudyFolder
 from pipeline.keys import PlannedPair
 from pipeline.stages.evaluate import WORSE_THAN_AFFINE, Reference, Row, evaluate
+from pipeline.stages.inverse import Inverted, invert_transform, without_folds
 from pipeline.stages.refine import Volume, refine
 from storage.cohort import Subject
 from storage.embeddings import EmbeddingStore, SubjectEmbedding
-from storage.geometry import moving_to_fixed
+from storage.geometry import Geometry, moving_to_fixed
 from storage.images import read_image, read_labels, to_uint8
 from storage.landmarks import read_landmarks
-from storage.transforms import write_transform
+from storage.maps import write_map
+from storage.transforms import make_transform, read_transform, write_transform
 
 if TYPE_CHECKING:  # these load torch, which only a process that fits needs
     from pipeline.algorithms.ddf import FitResult
@@ -131,7 +135,6 @@ def fit_pair(
     """Fit one pair, refine it if asked to, write its transform, and return its metrics rows."""
     from pipeline.algorithms.ddf import fit_ddf
     from pipeline.algorithms.pseudo_rois import Grids, held_out_columns
-    from pipeline.algorithms.warp import affine_ddf
 
     pair = item.pair
     fixed, moving = store.read(pair.fixed), store.read(pair.moving)
@@ -151,14 +154,12 @@ def fit_pair(
         volumes = intensities(pair.fixed), intensities(pair.moving)
         start = time.perf_counter()
         refined = refine(*volumes, result.ddf, grids[1], grids[2], grids[3], config.fit.refine)
+        if config.fit.diffeomorphic:
+            refined, damped = without_folds(refined, result.affine, here.spacing_mm)
+            result = replace(result, damped=result.damped or damped)
         seconds_refine = time.perf_counter() - start
-    rows = evaluate(known_fixed, known_moving, result, refined)
-    if folder.keep_transforms:
-        signature = {"pair": pair.pair, "moving": pair.moving, "fixed": pair.fixed, "key": pair.fit_key}
-        lattice, step_mm = result.lattice, result.step_mm
-        if refined is not None:
-            lattice, step_mm = refined - affine_ddf(result.affine, *grids[:2]), here.spacing_mm
-        write_transform(folder.transform(pair.pair), result.affine, lattice, step_mm, here, signature, there)
+    rows = evaluate(known_fixed, known_moving, result, refined, rois)
+    inverted = _write(folder, config, pair, result, refined, here, there)
     shared = {
         "pair": pair.pair,
         "moving": pair.moving,
@@ -166,14 +167,43 @@ def fit_pair(
         "n_rois": len(item.matches),
         "n_slices": len({z for pair in rois for z in _slices(pair.fixed)}),
         "fallback": result.fallback,
-        "flag": _flag(rows[0], result, labels_in_fit(item.matches, rois, known_fixed, known_moving)),
+        "flag": _flag(rows[0], result, labels_in_fit(item.matches, rois, known_fixed, known_moving), inverted),
         **held_out_columns(rois, fit, Grids(*grids), config.evaluate.pseudo_folds, here.has_spacing),
         "seconds_match": item.seconds_match,
         "seconds_fit": seconds,
         "seconds_refine": seconds_refine,
+        **(inverted.columns if inverted else {}),
         "key": pair.fit_key,
     }
     return [{**row, **shared} for row in rows]
+
+
+def _write(
+    folder: StudyFolder,
+    config: StudyConfig,
+    pair: PlannedPair,
+    result: FitResult,
+    refined: Volume | None,
+    here: Geometry,
+    there: Geometry,
+) -> Inverted | None:
+    """Write the files of a pair where they are kept, and check and invert its field if asked to."""
+    outputs = config.outputs() if folder.keep_transforms else ()
+    paths = {name: folder.output(name, pair.pair) for name in outputs}
+    signature = {"pair": pair.pair, "moving": pair.moving, "fixed": pair.fixed, "key": pair.fit_key}
+    field = (result.affine, result.lattice, result.step_mm, here)
+    if refined is not None:
+        lattice = refined - affine_ddf(result.affine, here.shape, here.spacing_mm)
+        field = (result.affine, lattice, here.spacing_mm, here)
+    if "transforms" in paths:
+        write_transform(paths["transforms"], *field, signature, there)
+    if "jacobians" in paths:
+        write_map(paths["jacobians"], log_jacobian(result.ddf if refined is None else refined, here.spacing_mm), here)
+    if not config.fit.diffeomorphic:
+        return None
+    stored = read_transform(paths["transforms"]) if paths else make_transform(*field, there)
+    exchanged = {**signature, "moving": pair.fixed, "fixed": pair.moving}
+    return invert_transform(stored, here, there, paths.get("inverses"), exchanged)
 
 
 def roi_pairs(fixed: SubjectEmbedding, moving: SubjectEmbedding, matches: list[dict[str, Any]]) -> list[RoiPair]:
@@ -231,11 +261,15 @@ def _is_label(roi: Roi, label: npt.NDArray[np.bool_]) -> bool:
     return bool(label.sum() == roi.mask.sum() and np.array_equal(label[box], roi.mask))
 
 
-def _flag(mean: Row, result: FitResult, in_fit: bool) -> str:
-    """What to look at: a fallback, a final Dice that falls behind the affine one, labels that were fitted to."""
+def _flag(mean: Row, result: FitResult, in_fit: bool, inverted: Inverted | None) -> str:
+    """What to look at: a fallback, a final Dice behind the affine one, labels that were fitted to, a damped field."""
     flags = [] if result.fallback == "none" else [f"fallback_{result.fallback}"]
     if mean.get("dice") is not None and mean["dice"] < mean["dice_affine"] - WORSE_THAN_AFFINE:
         flags.append("worse_than_affine")
     if in_fit:
         flags.append("labels_in_fit")
+    if result.damped:
+        flags.append("damped")
+    if inverted is not None and inverted.damped:
+        flags.append("inverse_damped")
     return " ".join(flags)
