@@ -9,6 +9,7 @@ Where det J > 0 everywhere (`pipeline.algorithms.regularity`) it exists for ever
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import product
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from pipeline.algorithms.affine import Affine
 from pipeline.algorithms.bspline import Lattice, resample
 
+NODES = 2.0
 TOLERANCE = 1e-3  # of the shortest lattice step
 _STEPS = 100
 _CHUNK = 1 << 15  # points at a time, which the cache holds
@@ -29,6 +31,17 @@ _ON_BORDER = 1e-6  # of a voxel
 
 class NotInvertedError(ValueError):
     """Positions without a preimage, which a map that folds nowhere does not have."""
+
+
+def lattice_over(shape: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> Lattice:
+    """The zero field on nodes about `NODES` shortest voxel edges apart along every axis, thick slices divided.
+
+    Under a large deformation an inverse varies within a thick slice, so that a node per slice would miss much of it.
+    """
+    reach = NODES * (min(spacing_mm[1:]) if shape[0] == 1 else min(spacing_mm))
+    step = [s * int(reach / s + 1e-6) if s <= reach else s / math.ceil(s / reach - 1e-6) for s in spacing_mm]
+    nodes = [math.ceil((n - 1) * s / d - 1e-6) + 1 for n, s, d in zip(shape, spacing_mm, step, strict=True)]
+    return Lattice(torch.zeros((3, *nodes)), torch.tensor(step, dtype=torch.float32))
 
 
 def invert(u: Lattice, affine: Affine, onto: Lattice, moving_to_fixed: Affine) -> tuple[Affine, Lattice]:
@@ -76,22 +89,25 @@ def preimages(u: Lattice, affine: Affine, targets: Tensor, first: Tensor) -> Ten
 
 
 def round_trip(
-    forward: tuple[Affine, Lattice], inverse: tuple[Affine, Lattice], grid: Lattice, moving_to_fixed: Affine
+    forward: tuple[Affine, Lattice],
+    inverse: tuple[Affine, Lattice],
+    fixed: Lattice,
+    moving: Lattice,
+    moving_to_fixed: Affine,
 ) -> npt.NDArray[np.float64]:
     """S(T(x)) - x of the fixed voxels that T carries into the moving image: [P, 3] mm; none may be.
 
     Args:
         forward: affine part and displacement of T.
-        inverse: those of S; its nodes are the moving voxels.
-        grid: lattice of the fixed voxels.
+        inverse: those of S.
+        fixed, moving: lattices of the voxels of the two images.
         moving_to_fixed: 4x4, moving-local mm to fixed-local mm.
     """
-    back, size = _inverse(moving_to_fixed), torch.tensor(inverse[1].values.shape[1:])
-    step = inverse[1].step_mm.double().cpu()
+    back, size, step = _inverse(moving_to_fixed), torch.tensor(moving.values.shape[1:]), moving.step_mm.double().cpu()
     margin = torch.where(size == 1, step / 2, _ON_BORDER * step)
     errors = []
     (affine, there), (linear, here) = ((matrix, _double(u)) for matrix, u in (forward, inverse))
-    for x in torch.split(grid.points().double().reshape(3, -1).T, _CHUNK):
+    for x in torch.split(fixed.points().double().reshape(3, -1).T, _CHUNK):
         q = _apply(back, _value(there, affine, x))
         inside = ((q >= -margin.to(q)) & (q <= ((size - 1) * step + margin).to(q))).all(1)
         returned = _apply(moving_to_fixed, _value(here, linear, q[inside]))

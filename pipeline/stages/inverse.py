@@ -52,7 +52,7 @@ def invert_transform(
         OSError: naming the file, for example when the disk is full.
     """
     from pipeline.algorithms.bspline import Lattice
-    from pipeline.algorithms.inverse import NotInvertedError, invert, round_trip
+    from pipeline.algorithms.inverse import NotInvertedError, invert, lattice_over, round_trip
     from pipeline.algorithms.regularity import SMALLEST_INVERSE_JACOBIAN, smallest_determinant, unfolded
 
     start = time.perf_counter()
@@ -62,16 +62,17 @@ def invert_transform(
     if not bound > 0:
         raise NotInvertedError(f"the field as written folds: det J is {bound:.3g} somewhere")
     between = moving_to_fixed(fixed, moving)
-    voxels = Lattice.over(moving.shape, moving.spacing_mm, 1, 0.0, "cpu")
-    linear, v = invert(u, affine, voxels, between)
+    linear, v = invert(u, affine, lattice_over(moving.shape, moving.spacing_mm), between)
     v, damped = unfolded(v, linear, SMALLEST_INVERSE_JACOBIAN)
-    inverse = (linear, v.values.numpy(), moving.spacing_mm, moving)
+    z, y, x = v.step_mm.tolist()
+    inverse = (linear, v.values.numpy(), (z, y, x), moving)
     if path is not None:
         write_transform(path, *inverse, signature, fixed)
     written = make_transform(*inverse, fixed) if path is None else read_transform(path)
     linear, values, step_mm = stored_field(written, moving, fixed)
     back = linear, _lattice(values, step_mm)
-    error = round_trip((affine, u), back, Lattice.over(fixed.shape, fixed.spacing_mm, 1, 0.0, "cpu"), between)
+    voxels = [Lattice.over(g.shape, g.spacing_mm, 1, 0.0, "cpu") for g in (fixed, moving)]
+    error = round_trip((affine, u), back, voxels[0], voxels[1], between)
     columns = {"jacobian_min": bound, **_error_columns(error, fixed), "seconds_inverse": time.perf_counter() - start}
     return Inverted(columns, damped)
 
