@@ -18,7 +18,7 @@ from storage import tables
 
 REPO = Path(__file__).resolve().parents[1]
 QUICK_FIT = {"levels": [{"stride": 2, "control": 8.0, "tau": 2.0, "iterations": 3}], "affine_iterations": 4}
-TIMES = ("seconds_match", "seconds_fit", "seconds_refine")
+TIMES = ("seconds_match", "seconds_fit", "seconds_refine", "seconds_inverse")
 
 
 def ellipses(
