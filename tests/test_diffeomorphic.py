@@ -22,7 +22,6 @@ from storage import tables
 from storage.cohort import Pair, read_cohort
 from storage.geometry import Geometry
 from storage.images import read_image
-from storage.maps import write_map
 from storage.transforms import make_transform, read_ddf
 from tests import phantoms
 
@@ -177,18 +176,3 @@ def test_a_stored_field_that_folds_is_refused() -> None:
     values[2, :, :, 4:] = -3.0
     with pytest.raises(ValueError, match="the field as written folds: det J is -2"):
         invert_transform(make_transform(np.eye(4), values, geometry.spacing_mm, geometry), geometry, geometry, None, {})
-
-
-def test_a_map_lies_on_the_grid_of_an_oblique_file(tmp_path: Path) -> None:
-    image = sitk.GetImageFromArray(np.random.default_rng(0).normal(size=(4, 6, 5)).astype(np.float32))
-    image.SetSpacing((1.0, 1.2, 4.0))
-    image.SetOrigin((5.0, -7.0, 30.0))
-    turn = np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, -1.0]])
-    image.SetDirection(turn.ravel().tolist())
-    sitk.WriteImage(image, str(tmp_path / "image.nii.gz"))
-    read = read_image(tmp_path / "image.nii.gz")
-    write_map(tmp_path / "maps" / "map.nii.gz", read.array, read.geometry)
-    again = sitk.ReadImage(str(tmp_path / "maps" / "map.nii.gz"))
-    np.testing.assert_allclose(sitk.GetArrayFromImage(again), sitk.GetArrayFromImage(image), atol=1e-6)
-    np.testing.assert_allclose(again.GetDirection(), turn.ravel(), atol=1e-6)
-    np.testing.assert_allclose(again.GetOrigin(), image.GetOrigin(), atol=1e-5)

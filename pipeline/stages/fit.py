@@ -27,8 +27,8 @@ from storage.embeddings import EmbeddingStore, SubjectEmbedding
 from storage.geometry import Geometry, moving_to_fixed
 from storage.images import read_image, read_labels, to_uint8
 from storage.landmarks import read_landmarks
-from storage.maps import write_map
 from storage.transforms import make_transform, read_transform, write_transform
+from storage.warping import from_analysis, write_image
 
 if TYPE_CHECKING:  # these load torch, which only a process that fits needs
     from pipeline.algorithms.ddf import FitResult
@@ -198,7 +198,8 @@ def _write(
     if "transforms" in paths:
         write_transform(paths["transforms"], *field, signature, there)
     if "jacobians" in paths:
-        write_map(paths["jacobians"], log_jacobian(result.ddf if refined is None else refined, here.spacing_mm), here)
+        logarithm = log_jacobian(result.ddf if refined is None else refined, here.spacing_mm)
+        write_image(from_analysis(logarithm.astype(np.float32), here), paths["jacobians"])
     if not config.fit.diffeomorphic:
         return None
     stored = read_transform(paths["transforms"]) if paths else make_transform(*field, there)
