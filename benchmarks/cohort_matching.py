@@ -40,9 +40,11 @@ import numpy.typing as npt
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from actors.build import segmenter_signature
-from pipeline.algorithms.in_step import in_step
+from pipeline.algorithms.matching import Matches
+from pipeline.algorithms.staged import Staged
 from pipeline.config import StudyConfig, load_config
 from pipeline.folder import StudyFolder
+from pipeline.in_step import in_step
 from pipeline.inputs import DigestCache, InputDigests, digest_inputs
 from pipeline.keys import PlannedPair, subject_keys
 from pipeline.process import own_peak_memory
@@ -250,9 +252,12 @@ class Stopwatch:
 
 def match_in_step(pairs: list[Pair], rois_of: Callable[[str], SubjectRois], config: StudyConfig) -> None:
     """Match the pairs as the stage does, and nothing else."""
-    both = ((rois_of(pair.moving), rois_of(pair.fixed)) for pair in pairs)
-    for outcome in in_step((stage.match_rois(*rois, config.match) for rois in both), stage.HOLD_BYTES):
-        assert outcome.error is None
+
+    def stages(pair: Pair) -> Staged[Matches]:
+        return stage.match_rois(rois_of(pair.moving), rois_of(pair.fixed), config.match)
+
+    for found, _ in in_step(stages, pairs, stage.HOLD_BYTES):
+        assert isinstance(found, Matches)
 
 
 def split_ms(study: Path, config: StudyConfig, pairs: list[Pair]) -> tuple[float, float, float]:

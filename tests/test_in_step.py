@@ -2,33 +2,53 @@
 
 from __future__ import annotations
 
-from pipeline.algorithms.in_step import Staged, complete, in_step
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pipeline.algorithms.staged import Staged, complete
+from pipeline.dispatch import Failure
+from pipeline.in_step import in_step
 
 
-def counted(log: list[tuple[int, int]], number: int, stages: int, hold: int, fail_at: int = -1) -> Staged[int]:
-    for stage in range(stages):
-        log.append((stage, number))
-        if stage == fail_at:
-            raise ValueError(f"computation {number}")
-        yield hold if stage == 0 else 0
-    return number * 10
+@dataclass(frozen=True)
+class Job:
+    number: int
+    stages: int
+    hold: int = 1
+    fail_at: int = -1
+
+    @property
+    def unit(self) -> str:
+        return f"job {self.number}"
+
+
+def runner(log: list[tuple[int, int]]):
+    def run(job: Job) -> Staged[int]:
+        for stage in range(job.stages):
+            log.append((stage, job.number))
+            if stage == job.fail_at:
+                raise ValueError("no good")
+            yield job.hold if stage == 0 else 0
+        return job.number * 10
+
+    return run
 
 
 def test_stages_of_a_group_run_together_and_groups_one_after_the_other() -> None:
     log: list[tuple[int, int]] = []
-    found = list(in_step((counted(log, number, 2, hold=5) for number in range(4)), hold_bytes=10))
-    assert [outcome.value for outcome in found] == [0, 10, 20, 30]
+    found = list(in_step(runner(log), [Job(number, 2, hold=5) for number in range(4)], hold_bytes=10))
+    assert [result for result, _ in found] == [0, 10, 20, 30]
     assert log == [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3), (1, 2), (1, 3)]
-    assert all(outcome.seconds > 0 for outcome in found)
+    assert all(seconds > 0 for _, seconds in found)
 
 
 def test_an_exception_ends_its_own_computation_only() -> None:
-    log: list[tuple[int, int]] = []
-    jobs = [counted(log, 0, 3, 1), counted(log, 1, 3, 1, fail_at=1), counted(log, 2, 1, 1), counted(log, 3, 0, 0)]
-    found = list(in_step(jobs, hold_bytes=100))
-    assert [outcome.value for outcome in found] == [0, None, 20, 30]
-    assert [str(outcome.error) for outcome in found] == ["None", "computation 1", "None", "None"]
+    jobs = [Job(0, 3), Job(1, 3, fail_at=1), Job(2, 1), Job(3, 0)]
+    first, failure, *rest = (result for result, _ in in_step(runner([]), jobs, hold_bytes=100))
+    assert isinstance(failure, Failure)
+    assert (failure.unit, failure.error, failure.message) == ("job 1", "ValueError", "no good")
+    assert [first, *rest] == [0, 20, 30]
 
 
 def test_one_alone_runs_to_its_end() -> None:
-    assert complete(counted([], 7, 3, 1)) == 70
+    assert complete(runner([])(Job(7, 3))) == 70

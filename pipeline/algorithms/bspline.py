@@ -1,223 +1,284 @@
-"""Displacement lattices and cubic B-spline control grids (separable, dense, on any torch device)."""
+"""Displacement lattices and cubic B-spline control grids of a batch of fits, on any torch device.
+
+The first axis of every tensor is the fit. Fits of a batch share the number of nodes and of control points, not the
+distances between them: a lattice that reaches beyond its image is a field over a somewhat larger box.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
 from torch import Tensor
+from torch.nn.functional import grid_sample
+
+Shape = tuple[int, int, int]
+Spacing = tuple[float, float, float]
+
+
+def node_counts(shape: Shape, spacing_mm: Spacing, stride: int, h0: float) -> tuple[Shape, Spacing]:
+    """Nodes on every `stride`-th voxel, thick axes less often so that steps stay near stride * h0; steps in mm."""
+    steps = [1 if stride == 1 else max(1, int(stride * h0 / s + 1e-6)) for s in spacing_mm]
+    z, y, x = (math.ceil((n - 1) / k) + 1 for n, k in zip(shape, steps, strict=True))
+    return (z, y, x), (steps[0] * spacing_mm[0], steps[1] * spacing_mm[1], steps[2] * spacing_mm[2])
 
 
 @dataclass(frozen=True)
-class Lattice:
-    """A displacement sampled on a regular lattice that covers the fixed grid.
+class Lattices:
+    """Displacements sampled on regular lattices.
 
     Attributes:
-        values: [3, nz, ny, nx], mm. step_mm: [3] lattice step (z, y, x); node 0 lies on voxel 0.
+        values: [B, 3, nz, ny, nx], mm. step_mm: [B, 3] lattice step (z, y, x); node 0 lies on voxel 0.
     """
 
     values: Tensor
     step_mm: Tensor
 
     @staticmethod
-    def over(
-        shape: tuple[int, int, int], spacing_mm: tuple[float, float, float], stride: int, h0: float, device: str
-    ) -> Lattice:
-        """The zero field on every `stride`-th voxel, thick axes less often so that steps stay near stride * h0."""
-        steps = [1 if stride == 1 else max(1, int(stride * h0 / s + 1e-6)) for s in spacing_mm]
-        nodes = [math.ceil((n - 1) / k) + 1 for n, k in zip(shape, steps, strict=True)]
-        step_mm = torch.tensor([k * s for k, s in zip(steps, spacing_mm, strict=True)], device=device)
-        return Lattice(torch.zeros((3, *nodes), device=device), step_mm.float())
-
-    def zeros(self) -> Lattice:
-        """The zero field on the same lattice."""
-        return replace(self, values=torch.zeros_like(self.values))
+    def zero(nodes: Shape, step_mm: Sequence[Spacing], device: str | torch.device) -> Lattices:
+        """Zero fields of so many nodes, one for each step."""
+        steps = torch.tensor(step_mm, dtype=torch.float32, device=device)
+        return Lattices(torch.zeros((len(steps), 3, *nodes), device=device), steps)
 
     def points(self) -> Tensor:
-        """Node positions [3, nz, ny, nx], mm."""
-        axes = [
-            torch.arange(n, device=self.values.device) * s
-            for n, s in zip(self.values.shape[1:], self.step_mm, strict=True)
-        ]
-        return torch.stack(torch.meshgrid(*axes, indexing="ij"))
+        """Node positions [B, 3, nz, ny, nx], mm."""
+        axes = [torch.arange(n, device=self.values.device, dtype=torch.float32) for n in self.values.shape[2:]]
+        return torch.stack(torch.meshgrid(*axes, indexing="ij")) * self.step_mm[:, :, None, None, None]
 
-    def at(self, x: Tensor) -> Tensor:
-        """Linear interpolation at points [P, 3] mm (nearest outside): [P, 3] mm."""
-        shape = self.values.shape[1:]
-        flat = self.values.reshape(3, -1)
-        last = torch.tensor(shape, device=x.device) - 1
-        position = torch.minimum((x / self.step_mm).clamp_min(0), last.float())
-        low = torch.minimum(position.floor(), (last - 1).clamp_min(0).float())
-        fraction = (position - low).T
-        i = low.long()
-        row = (i[:, 0] * shape[1] + i[:, 1]) * shape[2] + i[:, 2]
+    def at(self, fit: Tensor, x: Tensor) -> Tensor:
+        """Linear interpolation for points [P, 3] mm of the fits [P] (nearest outside): [P, 3] mm."""
+        shape = self.values.shape[2:]
+        nodes = self.values.movedim(1, -1).reshape(-1, 3)
+        position = torch.minimum((x / self.step_mm[fit]).clamp_min(0), self._last(x))
+        low = torch.minimum(position.floor(), (self._last(x) - 1).clamp_min(0))
+        fraction = position - low
+        row = self._row(fit, low.long())
         jumps = (shape[1] * shape[2], shape[2], 1)
-        axes = [k for k in range(3) if shape[k] > 1 and bool(fraction[k].any())]
-        total = torch.zeros((3, len(x)), device=x.device)
+        axes = [k for k in range(3) if shape[k] > 1]
+        total = torch.zeros_like(x)
         for bits in product((0, 1), repeat=len(axes)):
-            weight = torch.ones_like(fraction[0])
+            weight = torch.ones_like(fraction[:, :1])
             index = row
             for axis, bit in zip(axes, bits, strict=True):
-                weight = weight * (fraction[axis] if bit else 1 - fraction[axis])
+                share = fraction[:, axis, None]
+                weight = weight * (share if bit else 1 - share)
                 index = index + bit * jumps[axis]
-            total += flat[:, index] * weight
-        return total.T
+            total += nodes[index] * weight
+        return total
 
-    def nearest(self, x: Tensor) -> Tensor:
-        """Flat index of the node nearest to each point [P, 3] mm: [P]."""
-        shape = self.values.shape[1:]
-        size = torch.tensor(shape, device=x.device)
-        i = torch.minimum((x / self.step_mm).round().clamp_min(0), (size - 1).float()).long()
-        return (i[:, 0] * shape[1] + i[:, 1]) * shape[2] + i[:, 2]
+    def nearest(self, fit: Tensor, x: Tensor) -> Tensor:
+        """Flat index, over the whole batch, of the node nearest to each point [P, 3] mm: [P]."""
+        return self._row(fit, torch.minimum((x / self.step_mm[fit]).round().clamp_min(0), self._last(x)).long())
+
+    def _last(self, like: Tensor) -> Tensor:
+        return torch.tensor(self.values.shape[2:], dtype=like.dtype, device=like.device) - 1
+
+    def _row(self, fit: Tensor, i: Tensor) -> Tensor:
+        nz, ny, nx = self.values.shape[2:]
+        return ((fit * nz + i[:, 0]) * ny + i[:, 1]) * nx + i[:, 2]
 
 
-def smallest_jacobian(u: Lattice, matrix: Tensor) -> float:
-    """Smallest determinant of the derivative of A x + u(x) over the lattice cells (one-sided differences)."""
+def jacobian(u: Lattices, matrix: Tensor) -> Tensor:
+    """Determinant of the derivative of A x + u(x) at the nodes (forward differences): [B, nz, ny, nx]."""
     columns = []
     for axis in range(3):
-        if u.values.shape[axis + 1] == 1:
+        if u.values.shape[axis + 2] == 1:
             slope = torch.zeros_like(u.values)
         else:
-            slope = torch.diff(u.values, dim=axis + 1) / u.step_mm[axis]
-            slope = torch.cat([slope, slope.narrow(axis + 1, slope.shape[axis + 1] - 1, 1)], axis + 1)
-        columns.append(slope + matrix[:3, axis, None, None, None])
+            slope = torch.diff(u.values, dim=axis + 2) / u.step_mm[:, axis, None, None, None, None]
+            slope = torch.cat([slope, slope.narrow(axis + 2, slope.shape[axis + 2] - 1, 1)], axis + 2)
+        columns.append((slope + matrix[:, :3, axis, None, None, None]).unbind(1))
     a, b, c = columns
-    return float((a * torch.linalg.cross(b, c, dim=0)).sum(0).min())
+    return a[0] * (b[1] * c[2] - b[2] * c[1]) - a[1] * (b[0] * c[2] - b[2] * c[0]) + a[2] * (b[0] * c[1] - b[1] * c[0])
 
 
-def resample(u: Lattice, onto: Lattice) -> Lattice:
-    """The same field on another lattice, linear along each axis."""
-    values = u.values
-    for axis in range(3):
-        rows, cols = onto.values.shape[axis + 1], values.shape[axis + 1]
-        matrix = _linear_matrix(rows, onto.step_mm[axis], cols, u.step_mm[axis])
-        values = torch.movedim(torch.tensordot(matrix, values, dims=([1], [axis + 1])), 0, axis + 1)
-    return replace(onto, values=values.contiguous())
+def resample(u: Lattices, onto: Lattices) -> Lattices:
+    """The same fields on other lattices, linear along each axis."""
+    matrices = [
+        _linear_matrices(
+            onto.values.shape[axis + 2], onto.step_mm[:, axis], u.values.shape[axis + 2], u.step_mm[:, axis]
+        )
+        for axis in range(3)
+    ]
+    return replace(onto, values=_separable(u.values, matrices))
 
 
-def _linear_matrix(rows: int, row_step: Tensor, cols: int, col_step: Tensor) -> Tensor:
-    position = (torch.arange(rows, device=row_step.device) * row_step / col_step).clamp(0, cols - 1)
-    return (1 - (position[:, None] - torch.arange(cols, device=row_step.device)).abs()).clamp_min(0)
+def _linear_matrices(rows: int, row_step: Tensor, cols: int, col_step: Tensor) -> Tensor:
+    """[B, rows, cols]."""
+    place = torch.arange(rows, device=row_step.device) * (row_step / col_step)[:, None]
+    place = place.clamp(0, cols - 1)[:, :, None]
+    return (1 - (place - torch.arange(cols, device=row_step.device)).abs()).clamp_min(0)
 
 
-def compose(u: Lattice, delta: Tensor, matrix: Tensor) -> Lattice:
-    """T after x + delta(x), for T(x) = A x + u(x): the new u(x) = u(x + delta) + A delta, delta [3, nz, ny, nx] mm."""
-    moved = (u.points() + delta).reshape(3, -1).T
-    values = u.at(moved).T.reshape(u.values.shape)
-    return replace(u, values=values + torch.einsum("ij,j...->i...", matrix[:3, :3], delta))
+def compose(u: Lattices, delta: Tensor, matrix: Tensor) -> Lattices:
+    """T after x + delta(x), for T(x) = A x + u(x): u(x + delta) + A delta, with delta [B, 3, nz, ny, nx] mm."""
+    moved = _sample(u.values, delta / u.step_mm[:, :, None, None, None])
+    return replace(u, values=moved + (matrix[:, :3, :3] @ delta.flatten(2)).reshape(delta.shape))
+
+
+def _sample(values: Tensor, shift: Tensor) -> Tensor:
+    """Linear interpolation of [B, 3, nz, ny, nx] at every node moved by `shift` nodes (nearest outside)."""
+    axes = [k for k in (2, 1, 0) if values.shape[k + 2] > 1]  # x, y, z as grid_sample has them
+    if len(axes) < 2:
+        return _sample_line(values, shift)
+    place = []
+    for k in axes:
+        n = values.shape[k + 2]
+        node = torch.arange(n, device=values.device, dtype=values.dtype).reshape([n if a == k else 1 for a in range(3)])
+        place.append((node + shift[:, k]) * (2 / (n - 1)) - 1)
+    thin = [k for k in range(3) if k not in axes]
+    grid = torch.stack(place, -1)
+    if thin:
+        values, grid = values.squeeze(thin[0] + 2), grid.squeeze(thin[0] + 1)
+    found = grid_sample(values, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    return found.unsqueeze(thin[0] + 2) if thin else found
+
+
+def _sample_line(values: Tensor, shift: Tensor) -> Tensor:
+    """`_sample` of lattices that are long along one axis at most."""
+    axis = max(range(3), key=lambda k: values.shape[k + 2])
+    n = values.shape[axis + 2]
+    node = torch.arange(n, device=values.device).reshape([n if a == axis else 1 for a in range(3)])
+    place = (node + shift[:, axis]).clamp(0, n - 1)[:, None]
+    low = place.floor().clamp(max=max(n - 2, 0)).long()
+    below, above = (values.gather(axis + 2, i.expand_as(values)) for i in (low, (low + 1).clamp(max=n - 1)))
+    return below + (place - low) * (above - below)
 
 
 @dataclass(frozen=True)
 class ControlGrid:
-    """Cubic B-spline control points over a lattice.
+    """Cubic B-spline control points over lattices.
 
     Attributes:
-        basis: per axis, [lattice nodes, control points] values of the B-splines at the lattice nodes.
-        spacing_mm: [3] control spacing (z, y, x). modes: per axis, orthonormal DCT-II [n, n] and its eigenvalues [n].
+        basis: per axis, [B, nodes, control points] values of the B-splines at the nodes.
+        spacing_mm: [B, 3] control spacing (z, y, x).
+        modes: per axis, the orthonormal DCT-II [n, n].
+        eigenvalues: [B, nz, ny, nx] of the Laplacian, axes weighted by inverse squared spacing.
     """
 
-    basis: tuple[Tensor, Tensor, Tensor]
+    basis: tuple[Tensor, ...]
     spacing_mm: Tensor
-    modes: tuple[tuple[Tensor, Tensor], ...]
+    modes: tuple[Tensor, ...]
+    eigenvalues: Tensor
 
     @staticmethod
-    def over(u: Lattice, control_mm: float) -> ControlGrid:
-        """Control points every `control_mm`, at least one lattice step apart, one beyond each border."""
-        basis, spacing, modes = [], [], []
-        for n, step in zip(u.values.shape[1:], u.step_mm.tolist(), strict=True):
-            gap = max(control_mm, step)
-            basis.append(_bspline_matrix(n, step, gap, u.values.device))
-            spacing.append(gap)
-        smallest = min(spacing)
-        for matrix, gap in zip(basis, spacing, strict=True):
-            dct, eigenvalues = _dct(matrix.shape[1], u.values.device)
-            modes.append((dct, eigenvalues * (smallest / gap) ** 2))
-        spacing_mm = torch.tensor(spacing, dtype=torch.float32, device=u.values.device)
-        return ControlGrid((basis[0], basis[1], basis[2]), spacing_mm, tuple(modes))
+    def over(u: Lattices, control_mm: Tensor, counts: Shape) -> ControlGrid:
+        """Control points every `control_mm` [B], at least one lattice step apart, the first one beyond the border.
+
+        Of `counts` control points along each axis, at least as many as `control_counts`.
+        """
+        spacing = torch.maximum(control_mm[:, None], u.step_mm)
+        basis = tuple(
+            _bspline_matrices(n, m, (u.step_mm / spacing)[:, axis])
+            for axis, (n, m) in enumerate(zip(u.values.shape[2:], counts, strict=True))
+        )
+        scale = (spacing.amin(1, keepdim=True) / spacing) ** 2
+        modes = [_dct(m, spacing.device) for m in counts]
+        (ez, ey, ex) = (value * scale[:, axis, None] for axis, (_, value) in enumerate(modes))
+        total = ez[:, :, None, None] + ey[:, None, :, None] + ex[:, None, None]
+        return ControlGrid(basis, spacing, tuple(matrix[None] for matrix, _ in modes), total)
 
     def expand(self, d: Tensor) -> Tensor:
-        """Coefficients [c, ...control] to lattice values [c, ...lattice]."""
+        """Coefficients [B, c, ...control] to lattice values [B, c, ...lattice]."""
         return _separable(d, self.basis)
 
-    def collect(self, values: Tensor) -> Tensor:
-        """The adjoint of `expand`."""
-        return _separable(values, tuple(b.T for b in self.basis))
-
     def gather(self, cell: Tensor, gain: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum point gradients [P, 3] and curvatures [P, 6] onto the control points: [3, ...], [6, ...]."""
-        shape = [b.shape[0] for b in self.basis]
+        """Sum point gradients [P, 3] and curvatures [P, 6] onto the control points: [B, 3, ...], [B, 6, ...]."""
+        shape = [len(self.spacing_mm), *(b.shape[1] for b in self.basis)]
         stacked = torch.cat([gain, curvature], 1)
         dense = torch.zeros((math.prod(shape), 9), device=gain.device).index_add_(0, cell, stacked)
-        summed = self.collect(dense.T.reshape(9, *shape))
-        return summed[:3], summed[3:]
+        summed = _separable(dense.reshape(*shape, 9).movedim(-1, 1), [b.mT for b in self.basis])
+        return summed[:, :3], summed[:, 3:]
 
-    def laplacian(self, d: Tensor) -> Tensor:
-        """Graph Laplacian of the coefficients (Neumann), axes weighted by inverse squared spacing."""
-        spectrum = _separable(d, tuple(m for m, _ in self.modes)) * self._eigenvalues()
-        return _separable(spectrum, tuple(m.T for m, _ in self.modes))
+    def spectrum(self, d: Tensor) -> Tensor:
+        """Coefficients [B, c, ...control] in the modes of the Laplacian."""
+        return _separable(d, self.modes)
 
-    def precondition(self, values: Tensor, data: Tensor, smooth: float) -> Tensor:
-        """Exact solve for a constant curvature `data` [3] plus smooth * Laplacian."""
-        spectrum = _separable(values, tuple(m for m, _ in self.modes))
-        spectrum = spectrum / (data[:, None, None, None] + smooth * self._eigenvalues())
-        return _separable(spectrum, tuple(m.T for m, _ in self.modes))
-
-    def _eigenvalues(self) -> Tensor:
-        z, y, x = (e for _, e in self.modes)
-        return z[:, None, None] + y[:, None] + x
+    def coefficients(self, spectrum: Tensor) -> Tensor:
+        """The inverse, and adjoint, of `spectrum`."""
+        return _separable(spectrum, [m.mT for m in self.modes])
 
 
-def solve(grid: ControlGrid, gradient: Tensor, curvature: Tensor, smooth: float, iterations: int = 6) -> Tensor:
-    """Preconditioned conjugate gradients for (H + smooth L) d = -gradient, H block-diagonal [6, ...]."""
-    zz, zy, zx, yy, yx, xx = curvature
+def control_counts(nodes: Shape, ratio: Sequence[float]) -> Shape:
+    """Control points along each axis that cover the nodes, one beyond each border; 1 along an axis of one node.
+
+    `ratio` is the lattice step over the control spacing.
+    """
+    z, y, x = (1 if n == 1 else math.floor((n - 1) * r + 1e-6) + 4 for n, r in zip(nodes, ratio, strict=True))
+    return z, y, x
+
+
+def solve(grid: ControlGrid, gradient: Tensor, curvature: Tensor, smooth: Tensor, iterations: int = 6) -> Tensor:
+    """Preconditioned conjugate gradients for (H + smooth L) d = -gradient, H block-diagonal [B, 6, ...], smooth [B].
+
+    Everything is kept in the modes of L, where L and the preconditioner, the exact solution for a constant H, are
+    diagonal.
+    """
+    zz, zy, zx, yy, yx, xx = curvature.unbind(1)
+    floor = 1e-6 * (zz + yy + xx).flatten(1).mean(1) + 1e-12
+    mean = torch.stack([c.flatten(1).mean(1) for c in (zz, yy, xx)], 1) + floor[:, None]
+    stiffness = _per_fit(smooth) * grid.eigenvalues[:, None]
+    inverse = 1 / (mean[:, :, None, None, None] + stiffness)
+    stiffness = stiffness + _per_fit(floor)
 
     def operator(d: Tensor) -> Tensor:
-        data = torch.stack(
-            [
-                zz * d[0] + zy * d[1] + zx * d[2],
-                zy * d[0] + yy * d[1] + yx * d[2],
-                zx * d[0] + yx * d[1] + xx * d[2],
-            ]
-        )
-        return data + smooth * grid.laplacian(d)
+        z, y, x = grid.coefficients(d).unbind(1)
+        data = torch.stack([zz * z + zy * y + zx * x, zy * z + yy * y + yx * x, zx * z + yx * y + xx * x], 1)
+        return grid.spectrum(data) + stiffness * d
 
-    floor = 1e-6 * (zz + yy + xx).mean() + 1e-12
-    mean = torch.stack([zz.mean(), yy.mean(), xx.mean()]) + floor
-    d = torch.zeros_like(gradient)
-    r = -gradient
-    z = grid.precondition(r, mean, smooth)
-    p, rz = z, (r * z).sum()
+    r = -grid.spectrum(gradient)
+    d = torch.zeros_like(r)
+    z = inverse * r
+    p, rz = z, _inner(r, z)
     for _ in range(iterations):
-        ap = operator(p) + floor * p
-        alpha = rz / (p * ap).sum().clamp_min(1e-30)
+        ap = operator(p)
+        alpha = _per_fit(rz / _inner(p, ap).clamp_min(1e-30))
         d = d + alpha * p
         r = r - alpha * ap
-        z = grid.precondition(r, mean, smooth)
-        rz, previous = (r * z).sum(), rz
-        p = z + rz / previous.clamp_min(1e-30) * p
-    return d
+        z = inverse * r
+        rz, previous = _inner(r, z), rz
+        p = z + _per_fit(rz / previous.clamp_min(1e-30)) * p
+    return grid.coefficients(d)
 
 
-def _separable(values: Tensor, matrices: tuple[Tensor, ...]) -> Tensor:
-    for axis, matrix in enumerate(matrices):
-        values = torch.movedim(torch.tensordot(matrix, values, dims=([1], [axis + 1])), 0, axis + 1)
-    return values
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each fit: [B]."""
+    return (a * b).flatten(1).sum(1)
 
 
-def _bspline_matrix(n: int, step: float, gap: float, device: torch.device) -> Tensor:
-    """Cubic B-spline values [n, m] of nodes at i * step for control points at (j - 1) * gap."""
-    if n == 1:
-        return torch.ones((1, 1), device=device)
-    count = math.floor((n - 1) * step / gap + 1e-6) + 4
-    t = (torch.arange(n, device=device)[:, None] * step / gap - (torch.arange(count, device=device) - 1)).abs()
+def _per_fit(values: Tensor) -> Tensor:
+    return values[:, None, None, None, None]
+
+
+def _separable(values: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """Multiply [B, c, z, y, x] along z, y and x by [B or 1, new, old] matrices; [1, 1] ones are left out.
+
+    One product for each fit, so that the rounding of a fit does not depend on the batch.
+    """
+    for matrix in reversed(matrices):
+        if matrix.shape[1:] != (1, 1):
+            product_ = torch.bmm(values.flatten(1, 3), matrix.mT.expand(len(values), -1, -1))
+            values = product_.reshape(*values.shape[:-1], matrix.shape[1])
+        values = values.movedim(-1, 2)
+    return values.contiguous()
+
+
+def _bspline_matrices(nodes: int, count: int, ratio: Tensor) -> Tensor:
+    """Cubic B-spline values [B, nodes, count] of nodes at i * ratio for control points at j - 1."""
+    if count == 1:
+        return torch.ones((len(ratio), nodes, 1), device=ratio.device)
+    place = torch.arange(nodes, device=ratio.device) * ratio[:, None]
+    t = (place[:, :, None] - (torch.arange(count, device=ratio.device) - 1)).abs()
     inner = 2 / 3 - t**2 + t**3 / 2
     outer = (2 - t).clamp_min(0) ** 3 / 6
     return torch.where(t < 1, inner, outer)
 
 
 def _dct(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Orthonormal DCT-II [n, n] and the eigenvalues [n] of its modes."""
     k = torch.arange(n, device=device, dtype=torch.float32)
     matrix = torch.cos(math.pi * k[:, None] * (2 * k[None] + 1) / (2 * n)) * math.sqrt(2 / n)
     matrix[0] /= math.sqrt(2)

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from pipeline.algorithms import ellipses
 from pipeline.algorithms.affine import Affine, consensus_affine, middle_value, robust_affine
-from pipeline.algorithms.in_step import Staged
 from pipeline.algorithms.selection import best_of_each
+from pipeline.algorithms.staged import Staged
 from pipeline.algorithms.track_support import Track, favour
 
 Array = npt.NDArray[np.float64]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.algorithms.affine import Affine
-from pipeline.algorithms.bspline import Lattice, resample
+from pipeline.algorithms.lattice import Lattice
 
 NODES = 2.0
 TOLERANCE = 1e-3  # of the shortest lattice step
@@ -60,7 +60,7 @@ def invert(u: Lattice, affine: Affine, onto: Lattice, moving_to_fixed: Affine) -
     linear = back @ _inverse(affine) @ moving_to_fixed
     guess = _coarser(onto, _COARSE)
     for lattice in (guess, onto):
-        added = resample(guess, lattice).values.double().reshape(3, -1).T
+        added = guess.resampled(lattice).values.double().reshape(3, -1).T
         q = lattice.points().double().reshape(3, -1).T
         first = _apply(moving_to_fixed, _apply(linear, q) + added)
         found = _apply(back, preimages(u, affine, _apply(moving_to_fixed, q), first))

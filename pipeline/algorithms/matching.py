@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from pipeline.algorithms.affine import Affine
 from pipeline.algorithms.consistency import Places, SpatialConfig, consistent_pairs
-from pipeline.algorithms.in_step import Staged, complete
 from pipeline.algorithms.selection import Rule, one_to_one
 from pipeline.algorithms.similarity import Band, Kind, calibrated_epsilon, compare, impossible_pairs
+from pipeline.algorithms.staged import Staged, complete
 
 Float = npt.NDArray[np.float32]
 Index = npt.NDArray[np.int64]

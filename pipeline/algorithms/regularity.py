@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.algorithms.affine import Affine
-from pipeline.algorithms.bspline import Lattice
+from pipeline.algorithms.lattice import Lattice
 
 SMALLEST_JACOBIAN = 0.05  # what the fit keeps everywhere, of which rounding on disk takes next to nothing
 SMALLEST_INVERSE_JACOBIAN = 0.01

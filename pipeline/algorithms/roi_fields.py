@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from scipy import ndimage
 from torch import Tensor
+
+Triple: TypeAlias = tuple[int, int, int]
+Spacing: TypeAlias = tuple[float, float, float]
+T = TypeVar("T")
+
+_PER_FIT = 64  # points of a fit are a multiple of it: how a function rounds at the end of an array may differ
 
 
 @dataclass(frozen=True)
@@ -35,37 +42,69 @@ class RoiPair:
 
 
 @dataclass(frozen=True)
-class Points:
-    """Voxels near the fixed ROIs' boundaries, the samples of the fit.
+class Problem:
+    """What one fit is given.
 
     Attributes:
-        x: [P, 3] fixed-local mm. fixed: [P] signed distance to the fixed ROI, mm. index: [P] ROI of a point.
-        share: [P] voxels that a point stands for over the voxels of its ROI.
+        pairs: matched ROIs with their confidence; masks are crops of the fixed and of the moving grid.
+        shape: fixed grid (D, H, W).
+        spacing_mm: fixed spacing (z, y, x).
+        moving_spacing_mm: moving spacing (z, y, x).
+        moving_to_fixed: 4x4, moving-local mm to fixed-local mm.
+    """
+
+    pairs: Sequence[RoiPair]
+    shape: Triple
+    spacing_mm: Spacing
+    moving_spacing_mm: Spacing
+    moving_to_fixed: npt.NDArray[np.float64]
+
+    @property
+    def h0(self) -> float:
+        """Smallest fixed spacing, the unit of the fit's lengths; of one slice, the smallest in plane."""
+        return min(self.spacing_mm[1:]) if self.shape[0] == 1 else min(self.spacing_mm)
+
+
+@dataclass(frozen=True)
+class Points:
+    """Voxels near the fixed ROIs' boundaries, the samples of the fits.
+
+    Attributes:
+        x: [P, 3] fixed-local mm. fixed: [P] signed distance to the fixed ROI, mm. roi, fit: [P] of each point.
+        share: [P] voxels that a point stands for over the voxels of its ROI; 0 for points that only fill up.
+        count: points of each fit, which come one fit after the other.
     """
 
     x: Tensor
     fixed: Tensor
-    index: Tensor
+    roi: Tensor
+    fit: Tensor
     share: Tensor
+    count: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class RoiFields:
-    """The distance maps of K ROI pairs.
+    """The distance maps of the K ROI pairs of B fits, one fit after the other.
 
     Attributes:
         fixed: K signed distance maps on crops of the fixed grid, mm. corner: [K, 3] first fixed index of each.
-        spacing_mm: (z, y, x) of the fixed grid.
+        spacing_mm: [K, 3] (z, y, x) of their fixed grids. unit_mm: [K] h0.
+        fit: [K]. size: pairs of each fit. h0: [B] mm.
         weight: [K]. count: [K] voxels of the fixed ROI, which normalise the ROI's mean error.
         fixed_centroid, moving_centroid: [K, 3] mm, both in the fixed frame.
         moving: flat signed distance maps, mm. base, dims, origin: [K] start, [K, 3] size, [K, 3] first index of each.
-        to_index: [3, 4] fixed-frame mm to moving index. slab: [K] whether z is unknown.
+        to_index: [B, 3, 4] fixed-frame mm to moving index. slab: [K] whether z is unknown.
         flat: whether all moving ROIs are slabs, so that nothing is interpolated along z.
     """
 
     fixed: tuple[npt.NDArray[np.float32], ...]
     corner: npt.NDArray[np.int64]
-    spacing_mm: tuple[float, float, float]
+    spacing_mm: npt.NDArray[np.float64]
+    unit_mm: npt.NDArray[np.float64]
+    fit: Tensor
+    size: tuple[int, ...]
+    h0: Tensor
     weight: Tensor
     count: Tensor
     fixed_centroid: Tensor
@@ -78,52 +117,72 @@ class RoiFields:
     slab: Tensor
     flat: bool
 
-    def points(self, distance_mm: float, stride: int, limit: int) -> Points:
-        """Voxels within a distance of their fixed boundary, on every `stride`-th row and column.
+    def points(self, distance: float, stride: int, limit: int) -> Points:
+        """Voxels within a distance, in h0, of their fixed boundary, on every `stride`-th row and column.
 
         A ROI with more than about `limit` of them per slice is sampled more coarsely.
         """
-        x, fixed, index, share = [], [], [], []
-        spacing = np.asarray(self.spacing_mm)
-        for k, distance in enumerate(self.fixed):
-            step = stride
-            near = np.abs(distance[:, ::step, ::step]) < distance_mm
-            excess = near.sum() / (limit * len(distance))
-            if excess > 1:
-                step *= int(np.ceil(np.sqrt(excess)))
-                near = np.abs(distance[:, ::step, ::step]) < distance_mm
-            place = np.argwhere(near) * (1, step, step)
-            x.append((place + self.corner[k]) * spacing)
-            fixed.append(distance[:, ::step, ::step][near])
-            index.append(np.full(len(place), k))
-            share.append(np.full(len(place), step**2))
-        device = self.moving.device
-        flat_index = torch.as_tensor(np.concatenate(index), device=device)
+        found = [self._near(k, distance, stride, limit) for k in range(len(self.fixed))]
+        count = []
+        for members in self.split(range(len(found))):
+            total = sum(len(found[k][1]) for k in members)
+            x, fixed, share = found[members[-1]]
+            rest = np.zeros(-total % _PER_FIT, np.float32)
+            found[members[-1]] = (np.pad(x, ((0, len(rest)), (0, 0))), np.append(fixed, rest), np.append(share, rest))
+            count.append(total + len(rest))
+        x, fixed, share = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        device, each = self.moving.device, torch.tensor([len(part) for part, _, _ in found])
+        roi = torch.repeat_interleave(torch.arange(len(each)), each).to(device)
         return Points(
-            torch.as_tensor(np.concatenate(x), dtype=torch.float32, device=device),
-            torch.as_tensor(np.concatenate(fixed), device=device),
-            flat_index,
-            torch.as_tensor(np.concatenate(share), dtype=torch.float32, device=device) / self.count[flat_index],
+            torch.as_tensor(x, dtype=torch.float32, device=device),
+            torch.as_tensor(fixed, device=device),
+            roi,
+            self.fit[roi],
+            torch.as_tensor(share, device=device) / self.count[roi],
+            tuple(count),
         )
+
+    def _near(
+        self, k: int, distance: float, stride: int, limit: int
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Position [P, 3] mm, signed distance mm and voxels stood for of the points of a ROI."""
+        map_mm, reach = self.fixed[k], distance * self.unit_mm[k]
+        near = np.abs(map_mm[:, ::stride, ::stride]) < reach
+        excess = near.sum() / (limit * len(map_mm))
+        if excess > 1:
+            stride *= int(np.ceil(np.sqrt(excess)))
+            near = np.abs(map_mm[:, ::stride, ::stride]) < reach
+        place = np.argwhere(near) * (1, stride, stride)
+        fixed = map_mm[:, ::stride, ::stride][near]
+        return (place + self.corner[k]) * self.spacing_mm[k], fixed, np.full(len(fixed), stride**2, np.float32)
+
+    def split(self, values: Sequence[T]) -> list[Sequence[T]]:
+        """A value of each ROI [K] by fit."""
+        ends = np.cumsum(self.size)
+        return [values[end - size : end] for end, size in zip(ends, self.size, strict=True)]
 
     def sum_per_roi(self, points: Points, values: Tensor) -> Tensor:
         """Sum a point quantity [P] over each ROI: [K]."""
-        return torch.zeros_like(self.weight).index_add_(0, points.index, values)
+        return torch.zeros_like(self.weight).index_add_(0, points.roi, values)
 
-    def residual(self, points: Points, y: Tensor, tau: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Residual [P] in mm, its gradient [P, 3] with respect to y, and the soft moved mask [P] at y [P, 3] mm."""
-        distance, gradient = self._sample(points.index, y)
+    def residual(self, points: Points, y: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Residual [P] in mm, its gradient [P, 3] with respect to y, and the soft moved mask [P] at y [P, 3] mm.
+
+        `tau` is [P], mm.
+        """
+        distance, gradient = self._sample(points, y)
         moved = torch.sigmoid(distance / tau)
         residual = 4 * tau * (moved - torch.sigmoid(points.fixed / tau))
         return residual, gradient * (4 * moved * (1 - moved))[:, None], moved
 
     def slice_anchor(self, points: Points, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Residual [P] (mm) that pulls slabs to their matched slice, and its weight [P], zero for 3D ROIs."""
-        return y[:, 0] - self.moving_centroid[points.index, 0], self.slab[points.index] * weight
+        return y[:, 0] - self.moving_centroid[points.roi, 0], self.slab[points.roi] * weight
 
-    def _sample(self, roi: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _sample(self, points: Points, y: Tensor) -> tuple[Tensor, Tensor]:
         """Linear interpolation of the moving distance map of each point's ROI, and its gradient per mm of y."""
-        position = y @ self.to_index[:, :3].T + self.to_index[:, 3] - self.origin[roi]
+        roi, to_index = points.roi, self.to_index[points.fit]
+        position = (to_index[:, :, :3] @ y[:, :, None])[:, :, 0] + to_index[:, :, 3] - self.origin[roi]
         dims = self.dims[roi]
         last = dims - 1
         low = torch.minimum(position.clamp_min(0).floor(), (last - 1).clamp_min(0))
@@ -139,7 +198,8 @@ class RoiFields:
             slope_z = above - plane
             plane = plane + fz * slope_z
             slope_y, slope_x = slope_y + fz * (above_y - slope_y), slope_x + fz * (above_x - slope_x)
-        return plane, torch.stack([slope_z, slope_y, slope_x], 1) @ self.to_index[:, :3]
+        slopes = torch.stack([slope_z, slope_y, slope_x], 1)
+        return plane, (slopes[:, None] @ to_index[:, :, :3])[:, 0]
 
     def _bilinear(
         self, row: Tensor, down: Tensor, right: Tensor, fy: Tensor, fx: Tensor
@@ -171,31 +231,26 @@ def signed_distance(
 
 
 def build(
-    pairs: Sequence[RoiPair],
-    spacing_mm: tuple[float, float, float],
-    moving_spacing_mm: tuple[float, float, float],
-    moving_to_fixed: npt.NDArray[np.float64],
-    h0: float,
-    device: str,
-    confidence_power: float,
-    margin: float = 12.0,
+    problems: Sequence[Problem], device: str | torch.device, confidence_power: float, margin: float = 12.0
 ) -> RoiFields:
-    """Distance maps and points of all pairs; `margin` (in h0) is how far around each ROI the fit can see."""
-    fixed, corner, moving, dims, origin, centroids = ([] for _ in range(6))
-    for pair in pairs:
-        pad = _margin(spacing_mm, margin * h0, pair.fixed.mask.shape[0] == 1)
-        fixed.append(signed_distance(pair.fixed.mask, spacing_mm, pad))
-        corner.append(np.subtract(pair.fixed.offset, pad))
-        pad = _margin(moving_spacing_mm, margin * h0, pair.moving.mask.shape[0] == 1)
-        distance = signed_distance(pair.moving.mask, moving_spacing_mm, pad)
-        moving.append(distance.ravel())
-        dims.append(distance.shape)
-        origin.append(np.subtract(pair.moving.offset, pad))
-        centroids.append((_centroid(pair.fixed, spacing_mm), _centroid(pair.moving, moving_spacing_mm)))
-    to_index = np.linalg.inv(moving_to_fixed)[:3] / np.asarray(moving_spacing_mm)[:, None]
-    fixed_centroid, moving_centroid = (np.array(c) for c in zip(*centroids, strict=True))
-    moving_centroid = moving_centroid @ moving_to_fixed[:3, :3].T + moving_to_fixed[:3, 3]
-    sizes = np.array([m.size for m in moving])
+    """Distance maps and points of all pairs; `margin` (in h0) is how far around each ROI the fits can see."""
+    fixed, corner, moving, dims, origin, here, there, pairs = ([] for _ in range(8))
+    for problem in problems:
+        linear, shift = problem.moving_to_fixed[:3, :3], problem.moving_to_fixed[:3, 3]
+        for pair in problem.pairs:
+            pad = _margin(problem.spacing_mm, margin * problem.h0, pair.fixed.mask.shape[0] == 1)
+            fixed.append(signed_distance(pair.fixed.mask, problem.spacing_mm, pad))
+            corner.append(np.subtract(pair.fixed.offset, pad))
+            pad = _margin(problem.moving_spacing_mm, margin * problem.h0, pair.moving.mask.shape[0] == 1)
+            moving.append(signed_distance(pair.moving.mask, problem.moving_spacing_mm, pad))
+            dims.append(moving[-1].shape)
+            origin.append(np.subtract(pair.moving.offset, pad))
+            here.append(_centroid(pair.fixed, problem.spacing_mm))
+            there.append(linear @ _centroid(pair.moving, problem.moving_spacing_mm) + shift)
+            pairs.append(pair)
+    sizes = np.array([values.size for values in moving])
+    of_fit = np.repeat(np.arange(len(problems)), [len(problem.pairs) for problem in problems])
+    h0 = np.array([problem.h0 for problem in problems])
 
     def real(values: npt.ArrayLike) -> Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.float32), device=device)
@@ -206,19 +261,29 @@ def build(
     return RoiFields(
         fixed=tuple(fixed),
         corner=np.array(corner),
-        spacing_mm=spacing_mm,
-        weight=real([p.confidence**confidence_power for p in pairs]),
-        count=real([p.fixed.mask.sum() for p in pairs]),
-        fixed_centroid=real(fixed_centroid),
-        moving_centroid=real(moving_centroid),
-        moving=real(np.concatenate(moving)),
+        spacing_mm=np.array([problem.spacing_mm for problem in problems])[of_fit],
+        unit_mm=h0[of_fit],
+        fit=whole(of_fit),
+        size=tuple(len(problem.pairs) for problem in problems),
+        h0=real(h0),
+        weight=real([pair.confidence**confidence_power for pair in pairs]),
+        count=real([pair.fixed.mask.sum() for pair in pairs]),
+        fixed_centroid=real(here),
+        moving_centroid=real(there),
+        moving=real(np.concatenate([values.ravel() for values in moving])),
         base=whole(np.cumsum(sizes) - sizes),
         dims=real(np.array(dims)),
         origin=real(np.array(origin)),
-        to_index=real(to_index),
-        slab=real([p.moving.mask.shape[0] == 1 for p in pairs]),
-        flat=all(p.moving.mask.shape[0] == 1 for p in pairs),
+        to_index=real([_to_index(problem) for problem in problems]),
+        slab=real([pair.moving.mask.shape[0] == 1 for pair in pairs]),
+        flat=all(pair.moving.mask.shape[0] == 1 for pair in pairs),
     )
+
+
+def _to_index(problem: Problem) -> npt.NDArray[np.float64]:
+    """[3, 4], fixed-frame mm to moving index."""
+    inverse = np.linalg.inv(problem.moving_to_fixed)[:3]
+    return np.asarray(inverse / np.asarray(problem.moving_spacing_mm)[:, None])
 
 
 def _margin(spacing_mm: tuple[float, float, float], margin_mm: float, slab: bool) -> tuple[int, int, int]:

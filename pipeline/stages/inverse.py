@@ -14,7 +14,7 @@ from storage.geometry import Affine, Geometry, Triple, moving_to_fixed
 from storage.transforms import Transform, make_transform, read_transform, stored_field, write_transform
 
 if TYPE_CHECKING:  # loads torch
-    from pipeline.algorithms.bspline import Lattice
+    from pipeline.algorithms.lattice import Lattice
 
 Field = npt.NDArray[np.float32]
 
@@ -51,8 +51,8 @@ def invert_transform(
         NotInvertedError: when the stored field is not one-to-one after all.
         OSError: naming the file, for example when the disk is full.
     """
-    from pipeline.algorithms.bspline import Lattice
     from pipeline.algorithms.inverse import NotInvertedError, invert, lattice_over, round_trip
+    from pipeline.algorithms.lattice import Lattice
     from pipeline.algorithms.regularity import SMALLEST_INVERSE_JACOBIAN, smallest_determinant, unfolded
 
     start = time.perf_counter()
@@ -71,7 +71,7 @@ def invert_transform(
     written = make_transform(*inverse, fixed) if path is None else read_transform(path)
     linear, values, step_mm = stored_field(written, moving, fixed)
     back = linear, _lattice(values, step_mm)
-    voxels = [Lattice.over(g.shape, g.spacing_mm, 1, 0.0, "cpu") for g in (fixed, moving)]
+    voxels = [Lattice.voxels(g.shape, g.spacing_mm) for g in (fixed, moving)]
     error = round_trip((affine, u), back, voxels[0], voxels[1], between)
     columns = {"jacobian_min": bound, **_error_columns(error, fixed), "seconds_inverse": time.perf_counter() - start}
     return Inverted(columns, damped)
@@ -80,7 +80,7 @@ def invert_transform(
 def _lattice(values: npt.NDArray[np.floating[Any]], step_mm: Triple) -> Lattice:
     import torch
 
-    from pipeline.algorithms.bspline import Lattice
+    from pipeline.algorithms.lattice import Lattice
 
     return Lattice(torch.as_tensor(values, dtype=torch.float32), torch.tensor(step_mm, dtype=torch.float32))
 

@@ -17,10 +17,11 @@ import pyarrow as pa
 
 from pipeline import results
 from pipeline.algorithms.class_rois import match_classes
-from pipeline.algorithms.in_step import Outcome, Staged, in_step
 from pipeline.algorithms.matching import MatchConfig, Matches, match_in_stages
+from pipeline.algorithms.staged import Staged
 from pipeline.config import StudyConfig
-from pipeline.dispatch import Failure, Task, attempt
+from pipeline.dispatch import Failure, Task
+from pipeline.in_step import in_step
 from pipeline.keys import PlannedPair
 from pipeline.stages.roi_sets import SubjectRois, read_rois
 from storage import tables
@@ -46,9 +47,8 @@ class MatchUnit:
 
 
 @dataclass(frozen=True)
-class _Matched:
+class _Named:
     pair: PlannedPair
-    outcome: Outcome[Columns]
 
     @property
     def unit(self) -> str:
@@ -72,21 +72,20 @@ def run_unit(
     root: Path, rois_of: Callable[[str], SubjectRois], config: MatchConfig, unit: MatchUnit
 ) -> list[float | Failure]:
     """Match the pairs of a tile and merge their rows into its part; seconds or Failure of each pair."""
-    found: dict[PlannedPair, Columns] = {}
 
-    def columns_of(pair: PlannedPair) -> Staged[Columns]:
-        moving, fixed = rois_of(pair.moving), rois_of(pair.fixed)
+    def columns_of(item: _Named) -> Staged[Columns]:
+        moving, fixed = rois_of(item.pair.moving), rois_of(item.pair.fixed)
         return _columns(moving, fixed, (yield from match_rois(moving, fixed, config)))
 
-    def take(item: _Matched) -> float:
-        if item.outcome.error is not None:
-            raise item.outcome.error
-        assert item.outcome.value is not None
-        found[item.pair] = item.outcome.value
-        return item.outcome.seconds
-
-    matching = in_step((columns_of(pair) for pair in unit.pairs), HOLD_BYTES)
-    outcomes = [attempt(take, _Matched(pair, outcome)) for pair, outcome in zip(unit.pairs, matching, strict=True)]
+    found: dict[PlannedPair, Columns] = {}
+    outcomes: list[float | Failure] = []
+    results_of = in_step(columns_of, map(_Named, unit.pairs), HOLD_BYTES)
+    for pair, (result, seconds) in zip(unit.pairs, results_of, strict=True):
+        if isinstance(result, Failure):
+            outcomes.append(result)
+        else:
+            found[pair] = result
+            outcomes.append(seconds)
     matched = [pair.pair for pair in found]
     results.merge_rows(root, "correspondences", unit.part, _table(found), matched)
     results.merge_rows(root, "unmatched", unit.part, _unmatched(found), matched)
