@@ -28,7 +28,7 @@ from pipeline.algorithms.ddf import fit_ddf
 from pipeline.algorithms.fit_config import FitConfig
 from pipeline.algorithms.matching import MatchConfig, Matches, match
 from pipeline.config import StudyConfig, load_config
-from pipeline.stages.fit import roi_pairs
+from pipeline.stages.matched_rois import roi_pairs
 from pipeline.stages.roi_sets import SubjectRois, read_rois
 from pipeline.study import run_study
 from storage.cohort import read_cohort

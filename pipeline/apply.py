@@ -23,7 +23,7 @@ from pipeline.algorithms.inverse_points import invert_points
 from pipeline.dispatch import Failure, attempt
 from pipeline.errors import StudyError, UsageError
 from pipeline.pair_files import StudyPairs, bids_labels, read_study_pairs
-from pipeline.stages.fit import roi_pairs
+from pipeline.stages.matched_rois import roi_pairs
 from storage import tables, warping
 from storage.cohort import Pair
 from storage.geometry import Geometry

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pipeline.study import StageCount, Study
 
 LOG = logging.getLogger("samreg")
-GROUP = 4  # most pairs in one unit of fitting
+GROUP = 16  # most pairs in one unit of fitting
 
 
 class IncompleteStudyError(StudyError):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
 
 from pipeline.algorithms import metrics, warp
-from pipeline.algorithms.ddf import FitConfig, FitResult, fit_ddf
-from pipeline.algorithms.roi_fields import Roi, RoiPair, signed_distance
+from pipeline.algorithms.ddf import FitConfig, FitResult, fit_ddf, fit_ddfs
+from pipeline.algorithms.roi_fields import Problem, Roi, RoiPair, signed_distance
 
 SHAPE = (8, 72, 80)
 SPACING = (6.0, 1.5, 1.5)
@@ -216,3 +216,27 @@ def test_signed_distance_is_zero_on_the_voxel_edge() -> None:
     assert distance[0, 3, 5] == 1.0
     assert distance[0, 2, 5] == -1.0
     assert distance[0, 4, 5] == 3.0
+
+
+def test_a_batch_gives_what_each_fit_gives_alone() -> None:
+    problems = []
+    for seed, shape, spacing in (
+        (0, (1, 60, 64), (1.0, 0.8, 0.8)),
+        (1, (1, 61, 70), (1.0, 0.5, 0.5)),
+        (2, (5, 48, 50), (6.0, 1.0, 1.2)),
+        (3, (5, 48, 50), (6.0, 1.0, 1.2)),
+        (4, (1, 60, 64), (1.0, 0.8, 0.8)),
+    ):
+        fixed = discs(seed, 5, shape)
+        pairs = [RoiPair(crop(mask), crop(np.roll(mask, (2, -1), (1, 2)))) for mask in fixed]
+        problems.append(Problem(pairs, shape, spacing, spacing, IDENTITY))
+    problems.append(Problem([], (1, 20, 20), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), IDENTITY))
+    alone = [fit_ddfs([problem], FitConfig())[0] for problem in problems]
+    together = fit_ddfs(problems, FitConfig())
+    pieces = fit_ddfs(problems, FitConfig(), nodes_at_once=1)
+    for one, other, piece, problem in zip(alone, together, pieces, problems, strict=True):
+        assert one.ddf.shape == (3, *problem.shape)
+        for field in ("ddf", "affine", "lattice", "roi_overlap"):
+            np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
+            np.testing.assert_array_equal(getattr(one, field), getattr(piece, field))
+    assert [result.fallback for result in together] == ["none"] * 5 + ["identity"]

@@ -22,7 +22,7 @@ class Job:
         return f"job {self.number}"
 
 
-def runner(log: list[tuple[int, int]]):
+def runner(log: list[tuple[int, int]]) -> Callable[[Job], Staged[int]]:
     def run(job: Job) -> Staged[int]:
         for stage in range(job.stages):
             log.append((stage, job.number))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from actors.input_config import InputConfig
 from pipeline import results
@@ -21,6 +21,7 @@ from pipeline.folder import StudyFolder
 from pipeline.keys import PlannedPair
 from pipeline.stages.evaluate import WORSE_THAN_AFFINE, Reference, Row, evaluate
 from pipeline.stages.inverse import Inverted, invert_transform, without_folds
+from pipeline.stages.matched_rois import labels_in_fit, roi_pairs, slices
 from pipeline.stages.refine import Volume, refine
 from storage.cohort import Subject
 from storage.embeddings import EmbeddingStore, SubjectEmbedding
@@ -32,7 +33,10 @@ from storage.warping import from_analysis, write_image
 
 if TYPE_CHECKING:  # these load torch, which only a process that fits needs
     from pipeline.algorithms.ddf import FitResult
-    from pipeline.algorithms.roi_fields import Roi, RoiPair
+    from pipeline.algorithms.roi_fields import Problem, RoiPair
+
+
+_VOXELS_AT_ONCE = 1 << 21  # of fixed images whose fields, of 12 bytes a voxel, are held together
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,41 @@ class _PairUnit:
         return self.pair.pair
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """A pair whose ROIs are read, in so many seconds."""
+
+    item: _PairUnit
+    fixed: SubjectEmbedding
+    moving: SubjectEmbedding
+    problem: Problem
+    seconds: float
+
+    @property
+    def unit(self) -> str:
+        return self.item.unit
+
+
+@dataclass(frozen=True)
+class _Pack:
+    prepared: tuple[_Prepared, ...]
+
+    @property
+    def unit(self) -> str:
+        return self.prepared[0].unit
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    prepared: _Prepared
+    result: FitResult
+    seconds: float
+
+    @property
+    def unit(self) -> str:
+        return self.prepared.unit
+
+
 def task(config: StudyConfig, folder: StudyFolder) -> Task:
     """The task of fitting, for `pipeline.dispatch`."""
     return Task("fit", partial(_build, config, folder))
@@ -93,13 +132,72 @@ def run_unit(
     def intensities(name: str) -> Volume:
         return read_intensities(unit.subjects[name], config.input)
 
-    def fit_one(item: _PairUnit) -> list[Row]:
-        return fit_pair(folder, store, config, item, reference, intensities)
+    def prepare(item: _PairUnit) -> _Prepared:
+        return _prepare(store, item)
 
-    return [
-        attempt(fit_one, _PairUnit(pair, matches[pair.pair], seconds))
+    def finish(fitted: _Fitted) -> list[Row]:
+        return _finish(folder, config, fitted, reference, intensities)
+
+    items = [
+        _PairUnit(pair, matches[pair.pair], seconds)
         for pair, seconds in zip(unit.pairs, unit.seconds_match, strict=True)
     ]
+    found: dict[str, list[Row] | Failure] = {}
+    prepared = []
+    for item in items:
+        outcome = attempt(prepare, item)
+        if isinstance(outcome, Failure):
+            found[item.unit] = outcome
+        else:
+            prepared.append(outcome)
+    for pack in _packs(prepared):
+        for one, fitted in zip(pack, _fit_pack(pack, config), strict=True):
+            found[one.unit] = fitted if isinstance(fitted, Failure) else attempt(finish, fitted)
+    return [found[item.unit] for item in items]
+
+
+def _packs(prepared: Sequence[_Prepared]) -> Iterator[list[_Prepared]]:
+    """Pairs to be fitted together: so many as their fields may take memory."""
+    pack: list[_Prepared] = []
+    voxels = 0
+    for one in prepared:
+        size = math.prod(one.fixed.geometry.shape)
+        if pack and voxels + size > _VOXELS_AT_ONCE:
+            yield pack
+            pack, voxels = [], 0
+        pack.append(one)
+        voxels += size
+    if pack:
+        yield pack
+
+
+def _fit_pack(pack: Sequence[_Prepared], config: StudyConfig) -> list[_Fitted | Failure]:
+    """Fit the pairs of a pack at once; should that fail, one by one, so that only the culprit is blamed."""
+    together = attempt(partial(_fit, config=config), _Pack(tuple(pack)))
+    if not isinstance(together, Failure):
+        return list(together)
+    alone = [attempt(partial(_fit, config=config), _Pack((one,))) for one in pack]
+    return [outcome if isinstance(outcome, Failure) else outcome[0] for outcome in alone]
+
+
+def _fit(pack: _Pack, config: StudyConfig) -> list[_Fitted]:
+    from pipeline.algorithms.ddf import fit_ddfs
+
+    start = time.perf_counter()
+    results = fit_ddfs([one.problem for one in pack.prepared], config.fit)
+    share = (time.perf_counter() - start) / len(results)
+    return [_Fitted(one, result, one.seconds + share) for one, result in zip(pack.prepared, results, strict=True)]
+
+
+def _prepare(store: EmbeddingStore, item: _PairUnit) -> _Prepared:
+    from pipeline.algorithms.roi_fields import Problem
+
+    start = time.perf_counter()
+    fixed, moving = store.read(item.pair.fixed), store.read(item.pair.moving)
+    here, there = fixed.geometry, moving.geometry
+    rois = roi_pairs(fixed, moving, item.matches)
+    problem = Problem(rois, here.shape, here.spacing_mm, there.spacing_mm, moving_to_fixed(here, there))
+    return _Prepared(item, fixed, moving, problem, time.perf_counter() - start)
 
 
 def read_reference(store: EmbeddingStore, subject: Subject) -> Reference:
@@ -124,31 +222,26 @@ def read_intensities(subject: Subject, config: InputConfig) -> Volume:
     return np.asarray(shown.mean(axis=3, dtype=np.float32))
 
 
-def fit_pair(
+def _finish(
     folder: StudyFolder,
-    store: EmbeddingStore,
     config: StudyConfig,
-    item: _PairUnit,
+    fitted: _Fitted,
     reference: Callable[[str], Reference],
     intensities: Callable[[str], Volume],
 ) -> list[Row]:
-    """Fit one pair, refine it if asked to, write its transform, and return its metrics rows."""
+    """Refine the field of a pair if asked to, write its transform, and return its metrics rows."""
     from pipeline.algorithms.ddf import fit_ddf
     from pipeline.algorithms.pseudo_rois import Grids, held_out_columns
 
-    pair = item.pair
-    fixed, moving = store.read(pair.fixed), store.read(pair.moving)
+    item, problem, result = fitted.prepared.item, fitted.prepared.problem, fitted.result
+    pair, rois = item.pair, problem.pairs
     known_fixed, known_moving = reference(pair.fixed), reference(pair.moving)
-    here, there = fixed.geometry, moving.geometry
-    grids = (here.shape, here.spacing_mm, there.spacing_mm, moving_to_fixed(here, there))
+    here, there = fitted.prepared.fixed.geometry, fitted.prepared.moving.geometry
+    grids = (problem.shape, problem.spacing_mm, problem.moving_spacing_mm, problem.moving_to_fixed)
 
     def fit(pairs: list[RoiPair]) -> FitResult:
         return fit_ddf(pairs, *grids, config.fit)
 
-    start = time.perf_counter()
-    rois = roi_pairs(fixed, moving, item.matches)
-    result = fit(rois)
-    seconds = time.perf_counter() - start
     refined, seconds_refine = None, None
     if config.fit.refine.method != "none":
         volumes = intensities(pair.fixed), intensities(pair.moving)
@@ -165,12 +258,12 @@ def fit_pair(
         "moving": pair.moving,
         "fixed": pair.fixed,
         "n_rois": len(item.matches),
-        "n_slices": len({z for pair in rois for z in _slices(pair.fixed)}),
+        "n_slices": len({z for pair in rois for z in slices(pair.fixed)}),
         "fallback": result.fallback,
         "flag": _flag(rows[0], result, labels_in_fit(item.matches, rois, known_fixed, known_moving), inverted),
         **held_out_columns(rois, fit, Grids(*grids), config.evaluate.pseudo_folds, here.has_spacing),
         "seconds_match": item.seconds_match,
-        "seconds_fit": seconds,
+        "seconds_fit": fitted.seconds,
         "seconds_refine": seconds_refine,
         **(inverted.columns if inverted else {}),
         "key": pair.fit_key,
@@ -205,61 +298,6 @@ def _write(
     stored = read_transform(paths["transforms"]) if paths else make_transform(*field, there)
     exchanged = {**signature, "moving": pair.fixed, "fixed": pair.moving}
     return invert_transform(stored, here, there, paths.get("inverses"), exchanged)
-
-
-def roi_pairs(fixed: SubjectEmbedding, moving: SubjectEmbedding, matches: list[dict[str, Any]]) -> list[RoiPair]:
-    """Matched ROIs as crops of their slices, or of all slices of a class, weighted by confidence."""
-    from pipeline.algorithms.roi_fields import RoiPair
-
-    here = _rois(fixed, [row["fixed_roi"] for row in matches])
-    there = _rois(moving, [row["moving_roi"] for row in matches])
-    return [RoiPair(here[row["fixed_roi"]], there[row["moving_roi"]], float(row["confidence"])) for row in matches]
-
-
-def _rois(embedding: SubjectEmbedding, rows: list[int]) -> dict[int, Roi]:
-    wanted = sorted(set(rows))
-    if embedding.roi_class.any():
-        return {row: _class_roi(embedding, int(embedding.roi_class[row])) for row in wanted}
-    masks = embedding.masks(wanted)
-    return {row: _crop(mask[None], int(embedding.roi_slice[row])) for row, mask in zip(wanted, masks, strict=True)}
-
-
-def _class_roi(embedding: SubjectEmbedding, value: int) -> Roi:
-    """All slices of a class as one ROI."""
-    rows = np.flatnonzero(embedding.roi_class == value)
-    slices = embedding.roi_slice[rows]
-    volume = np.zeros((slices.max() - slices.min() + 1, *embedding.mask_shape), bool)
-    volume[slices - slices.min()] = embedding.masks(rows)
-    return _crop(volume, int(slices.min()))
-
-
-def _crop(mask: npt.NDArray[np.bool_], z: int) -> Roi:
-    """The mask [d, H, W] from slice z on, cut to its bounding box in plane."""
-    from pipeline.algorithms.roi_fields import Roi
-
-    ys, xs = np.flatnonzero(mask.any(axis=(0, 2))), np.flatnonzero(mask.any(axis=(0, 1)))
-    box = mask[:, ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
-    return Roi(box.copy(), (z, int(ys[0]), int(xs[0])))  # a view would keep every whole mask in memory
-
-
-def _slices(roi: Roi) -> npt.NDArray[np.int64]:
-    """Slices that a ROI occupies."""
-    return np.flatnonzero(roi.mask.any(axis=(1, 2))) + roi.offset[0]
-
-
-def labels_in_fit(matches: list[dict[str, Any]], pairs: list[RoiPair], fixed: Reference, moving: Reference) -> bool:
-    """Whether a class ROI of the fit is a label that is evaluated, voxel for voxel, in either image."""
-    classes = [row["roi_class"] for row in matches]
-    sides = [(pair.fixed, fixed.labels) for pair in pairs] + [(pair.moving, moving.labels) for pair in pairs]
-    return any(
-        labels is not None and value != 0 and _is_label(roi, labels == value)
-        for value, (roi, labels) in zip(classes * 2, sides, strict=True)
-    )
-
-
-def _is_label(roi: Roi, label: npt.NDArray[np.bool_]) -> bool:
-    box = tuple(slice(o, o + n) for o, n in zip(roi.offset, roi.mask.shape, strict=True))
-    return bool(label.sum() == roi.mask.sum() and np.array_equal(label[box], roi.mask))
 
 
 def _flag(mean: Row, result: FitResult, in_fit: bool, inverted: Inverted | None) -> str:
