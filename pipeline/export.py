@@ -23,7 +23,7 @@ import SimpleITK as sitk  # noqa: N813 (its own documentation's name)
 
 from pipeline.dispatch import Failure, attempt
 from pipeline.errors import StudyError, UsageError
-from pipeline.pair_files import bids_labels, learn2reg_names, read_study_pairs
+from pipeline.pair_files import bids_labels, bids_stems, learn2reg_names, read_study_pairs
 from storage import exports, warping
 from storage.atomic import clear_abandoned, replace_file
 from storage.cohort import Pair, Subject
@@ -112,14 +112,13 @@ def export_study(study: Path, out: Path, request: ExportRequest, names: Collecti
     wanted = [known.find(name) for name in names] or list(known.pairs.values())
     if request.labels and not any(subject.label for subject in known.subjects.values()):
         raise UsageError(f"{study}: no subject has labels; leave out --labels, or run with a manifest that names them")
-    labels, listed = bids_labels(known.subjects), learn2reg_names(wanted)
-    clear_abandoned([out, *(out / f"sub-{label}" for label in labels.values())])
+    stems, listed = bids_stems(known.pairs.values(), bids_labels(known.subjects)), learn2reg_names(wanted)
+    clear_abandoned({out, *(out / stem.partition("/")[0] for stem in stems.values())})
 
     def export_one(unit: _Unit) -> None:
         pair = unit.pair
-        stem = out / f"sub-{labels[pair.fixed]}" / f"sub-{labels[pair.fixed]}_from-{labels[pair.moving]}"
         moving = known.subjects[pair.moving]
-        files = (known.transform(pair), *known.grids(pair), moving, stem, out / listed[pair.pair])
+        files = (known.transform(pair), *known.grids(pair), moving, out / stems[pair.pair], out / listed[pair.pair])
         export_pair(PairExport(pair, *files), request)
 
     failures = []

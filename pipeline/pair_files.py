@@ -85,13 +85,26 @@ def bids_labels(subjects: Iterable[str]) -> dict[str, str]:
     }
 
 
+def bids_stems(pairs: Iterable[Pair], labels: Mapping[str, str]) -> dict[str, str]:
+    """`sub-<fixed>/sub-<fixed>_from-<moving>` by pair; `_run-2` and so on for other pairs of the same subjects."""
+    stems, seen = {}, Counter[str]()
+    for pair in pairs:
+        stem = f"sub-{labels[pair.fixed]}/sub-{labels[pair.fixed]}_from-{labels[pair.moving]}"
+        seen[stem] += 1
+        stems[pair.pair] = stem if seen[stem] == 1 else f"{stem}_run-{seen[stem]}"
+    return stems
+
+
 def learn2reg_names(pairs: Collection[Pair]) -> dict[str, str]:
-    """`disp_<fixed>_<moving>.nii.gz` by pair: four digits each where subjects are named as Learn2Reg's, else names."""
+    """`disp_<fixed>_<moving>.nii.gz` by pair: four digits each where subjects are named as Learn2Reg's, else names.
+
+    Where two pairs have the same subjects, `disp_<pair>.nii.gz`.
+    """
     names: Sequence[str] = [name for pair in pairs for name in (pair.fixed, pair.moving)]
     found = [_LEARN2REG.fullmatch(name) for name in names]
     short = [match[1] if match else "" for match in found]
     for ids in (short, [subject_key(name) for name in names]):
         listed = [f"disp_{fixed}_{moving}.nii.gz" for fixed, moving in zip(ids[::2], ids[1::2], strict=True)]
         if all(ids) and len(set(listed)) == len(listed):
-            break
-    return dict(zip((pair.pair for pair in pairs), listed, strict=True))
+            return dict(zip((pair.pair for pair in pairs), listed, strict=True))
+    return {pair.pair: f"disp_{subject_key(pair.pair)}.nii.gz" for pair in pairs}

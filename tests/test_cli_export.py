@@ -17,7 +17,7 @@ from pipeline.apply import inverse_at
 from pipeline.cli import app
 from pipeline.export import ExportRequest, export_study
 from pipeline.folder import StudyFolder
-from pipeline.pair_files import bids_labels, learn2reg_names
+from pipeline.pair_files import bids_labels, bids_stems, learn2reg_names
 from storage.cohort import Pair
 from storage.embeddings import EmbeddingStore
 from storage.geometry import Geometry
@@ -284,6 +284,13 @@ def test_names_that_bids_does_not_allow() -> None:
     assert found["p02"] == "p02"
     assert len(set(found.values())) == 4
     assert all(label.isalnum() and label.isascii() for label in found.values())
+
+
+def test_pairs_of_the_same_subjects_have_names_of_their_own() -> None:
+    pairs = [Pair("a", "m", "f"), Pair("b", "m", "f"), Pair("c", "f", "m")]
+    stems = bids_stems(pairs, bids_labels("mf"))
+    assert stems == {"a": "sub-f/sub-f_from-m", "b": "sub-f/sub-f_from-m_run-2", "c": "sub-m/sub-m_from-f"}
+    assert learn2reg_names(pairs) == {name: f"disp_{name}.nii.gz" for name in "abc"}
 
 
 def test_learn2reg_names() -> None:
