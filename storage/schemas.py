@@ -217,7 +217,7 @@ METRICS = _schema(
         *_REFINED,
         ("n_rois", _INT, "", "matched ROI pairs in the fit"),
         ("n_slices", _INT, "", "fixed slices that hold a matched ROI"),
-        ("fallback", _TEXT, "", "simpler model used instead: none, affine, translation or identity"),
+        ("fallback", _TEXT, "", "simpler model used instead: none, affine, rigid, translation or identity"),
         (
             "flag",
             _TEXT,

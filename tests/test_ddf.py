@@ -84,7 +84,7 @@ def test_known_smooth_deformation_is_recovered() -> None:
 @pytest.mark.parametrize("count", [0, 30])
 def test_the_affine_part_and_the_lattice_are_the_field(count: int) -> None:
     field = smooth_field(4.0)
-    pairs = [RoiPair(crop(moved_back(mask, field)), crop(mask), 1.0) for mask in discs(2)[:count]]
+    pairs = [RoiPair(crop(moved_back(mask, field)), crop(mask), 0.9) for mask in discs(2)[:count]]
     result = fit(pairs)
     points = warp.grid_points(SHAPE, SPACING)
     index = points / np.reshape(result.step_mm, (3, 1, 1, 1))
@@ -134,7 +134,7 @@ def test_moving_grid_of_other_spacing_and_origin() -> None:
     to_fixed = np.eye(4)
     to_fixed[1:3, 3] = -SPACING[1] / 4
     result = fit_ddf(pairs, SHAPE, SPACING, (6.0, 0.75, 0.75), to_fixed, FitConfig())
-    assert np.abs(result.ddf).max() < SPACING[1] / 4
+    assert np.abs(result.ddf).max() < 0.3 * SPACING[1]
 
 
 def test_no_pair_is_the_identity() -> None:
@@ -237,6 +237,6 @@ def test_a_batch_gives_what_each_fit_gives_alone() -> None:
     for one, other, piece, problem in zip(alone, together, pieces, problems, strict=True):
         assert one.ddf.shape == (3, *problem.shape)
         for field in ("ddf", "affine", "lattice", "roi_overlap"):
-            np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
-            np.testing.assert_array_equal(getattr(one, field), getattr(piece, field))
+            for again in (other, piece):
+                np.testing.assert_allclose(getattr(again, field), getattr(one, field), rtol=0, atol=1e-12)
     assert [result.fallback for result in together] == ["none"] * 5 + ["identity"]

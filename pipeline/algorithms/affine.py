@@ -69,6 +69,16 @@ def _draws(trials: int, size: int, seed: int) -> npt.NDArray[np.float64]:
     return np.random.default_rng(seed).random((trials, size))
 
 
+def nearest_rigid(matrix: Affine, center: Points) -> Affine:
+    """The rotation nearest to an affine's linear part (polar decomposition) that agrees with it at `center` [3] mm."""
+    left, _, right = np.linalg.svd(matrix[:3, :3])
+    turn = np.diag([1.0, 1.0, np.sign(np.linalg.det(left @ right))])
+    rigid = np.eye(4)
+    rigid[:3, :3] = left @ turn @ right
+    rigid[:3, 3] = (matrix[:3, :3] - rigid[:3, :3]) @ center + matrix[:3, 3]
+    return rigid
+
+
 def middle_value(values: npt.NDArray[np.floating]) -> float:
     """The upper median; `np.median` costs more than the rest of a reweighting step."""
     half = len(values) // 2

@@ -7,7 +7,7 @@ distances between them: a lattice that reaches beyond its image is a field over 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -185,13 +185,25 @@ class ControlGrid:
         """Coefficients [B, c, ...control] to lattice values [B, c, ...lattice]."""
         return _separable(d, self.basis)
 
-    def gather(self, cell: Tensor, gain: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum point gradients [P, 3] and curvatures [P, 6] onto the control points: [B, 3, ...], [B, 6, ...]."""
+    def collect(self, values: Tensor) -> Tensor:
+        """The adjoint of `expand`."""
+        return _separable(values, [b.mT for b in self.basis])
+
+    def scatter(self, cell: Tensor, values: Tensor) -> Tensor:
+        """Sum point quantities [P, c] at their nodes, given by flat index over the batch: [B, c, ...lattice]."""
         shape = [len(self.spacing_mm), *(b.shape[1] for b in self.basis)]
-        stacked = torch.cat([gain, curvature], 1)
-        dense = torch.zeros((math.prod(shape), 9), device=gain.device).index_add_(0, cell, stacked)
-        summed = _separable(dense.reshape(*shape, 9).movedim(-1, 1), [b.mT for b in self.basis])
-        return summed[:, :3], summed[:, 3:]
+        dense = torch.zeros((math.prod(shape), values.shape[1]), device=values.device).index_add_(0, cell, values)
+        return dense.reshape(*shape, -1).movedim(-1, 1)
+
+    def laplacian(self, d: Tensor) -> Tensor:
+        """Graph Laplacian of the coefficients (Neumann), axes weighted by inverse squared spacing."""
+        total = torch.zeros_like(d)
+        weight = (self.spacing_mm.amin(1, keepdim=True) / self.spacing_mm).square()
+        for axis in range(3):
+            slope = _per_fit(weight[:, axis]) * d.diff(dim=axis + 2)
+            total.narrow(axis + 2, 1, slope.shape[axis + 2]).add_(slope)
+            total.narrow(axis + 2, 0, slope.shape[axis + 2]).sub_(slope)
+        return total
 
     def spectrum(self, d: Tensor) -> Tensor:
         """Coefficients [B, c, ...control] in the modes of the Laplacian."""
@@ -211,25 +223,58 @@ def control_counts(nodes: Shape, ratio: Sequence[float]) -> Shape:
     return z, y, x
 
 
-def solve(grid: ControlGrid, gradient: Tensor, curvature: Tensor, smooth: Tensor, iterations: int = 6) -> Tensor:
-    """Preconditioned conjugate gradients for (H + smooth L) d = -gradient, H block-diagonal [B, 6, ...], smooth [B].
+def solve(
+    grid: ControlGrid, gradient: Tensor, curvature: Tensor, smooth: Tensor, lumped: bool, iterations: int = 6
+) -> Tensor:
+    """Preconditioned conjugate gradients for (H + smooth L) d = -B' g.
 
-    Everything is kept in the modes of L, where L and the preconditioner, the exact solution for a constant H, are
-    diagonal.
+    Args:
+        grid: of the update; B expands its coefficients to the lattice.
+        gradient: [B, 3, nz, ny, nx] g at the nodes.
+        curvature: [B, 6, nz, ny, nx] symmetric 3x3 blocks (zz, zy, zx, yy, yx, xx) at the nodes.
+        smooth: [B], weight of the graph Laplacian L.
+        lumped: H is the row sums of B' curvature B, an upper bound that makes short, smooth steps; else B' curvature B.
+        iterations: of the conjugate gradients.
+
+    Returns:
+        [B, 3, ...control] coefficients.
     """
-    zz, zy, zx, yy, yx, xx = curvature.unbind(1)
-    floor = 1e-6 * (zz + yy + xx).flatten(1).mean(1) + 1e-12
-    mean = torch.stack([c.flatten(1).mean(1) for c in (zz, yy, xx)], 1) + floor[:, None]
+    if not lumped:
+        return _solve_exact(grid, grid.collect(gradient), curvature, smooth, iterations)
+    collected = grid.collect(torch.cat([gradient, curvature], 1))
+    return _solve_lumped(grid, collected[:, :3], collected[:, 3:], smooth, iterations)
+
+
+def _solve_lumped(grid: ControlGrid, gradient: Tensor, blocks: Tensor, smooth: Tensor, iterations: int) -> Tensor:
+    """In the modes of L, where L and the preconditioner, the exact solution for a constant H, are diagonal."""
+    trace = blocks[:, [0, 3, 5]]
+    floor = _floor(trace)
+    mean = trace.flatten(2).mean(2) + floor[:, None]
     stiffness = _per_fit(smooth) * grid.eigenvalues[:, None]
     inverse = 1 / (mean[:, :, None, None, None] + stiffness)
     stiffness = stiffness + _per_fit(floor)
 
     def operator(d: Tensor) -> Tensor:
-        z, y, x = grid.coefficients(d).unbind(1)
-        data = torch.stack([zz * z + zy * y + zx * x, zy * z + yy * y + yx * x, zx * z + yx * y + xx * x], 1)
-        return grid.spectrum(data) + stiffness * d
+        return grid.spectrum(_times(blocks, grid.coefficients(d))) + stiffness * d
 
-    r = -grid.spectrum(gradient)
+    d = _conjugate_gradients(operator, inverse, -grid.spectrum(gradient), iterations)
+    return grid.coefficients(d)
+
+
+def _solve_exact(grid: ControlGrid, gradient: Tensor, curvature: Tensor, smooth: Tensor, iterations: int) -> Tensor:
+    trace = grid.collect(curvature[:, [0, 3, 5]])
+    floor = _floor(trace)
+    inverse = 1 / (trace + _per_fit(6 * smooth + floor))
+
+    def operator(d: Tensor) -> Tensor:
+        data = grid.collect(_times(curvature, grid.expand(d)))
+        return data + _per_fit(smooth) * grid.laplacian(d) + _per_fit(floor) * d
+
+    return _conjugate_gradients(operator, inverse, -gradient, iterations)
+
+
+def _conjugate_gradients(operator: Callable[[Tensor], Tensor], inverse: Tensor, r: Tensor, iterations: int) -> Tensor:
+    """Approximate solution of operator(d) = r, preconditioned by the diagonal `inverse`."""
     d = torch.zeros_like(r)
     z = inverse * r
     p, rz = z, _inner(r, z)
@@ -241,7 +286,19 @@ def solve(grid: ControlGrid, gradient: Tensor, curvature: Tensor, smooth: Tensor
         z = inverse * r
         rz, previous = _inner(r, z), rz
         p = z + _per_fit(rz / previous.clamp_min(1e-30)) * p
-    return grid.coefficients(d)
+    return d
+
+
+def _times(blocks: Tensor, d: Tensor) -> Tensor:
+    """Symmetric 3x3 blocks [B, 6, ...] times vectors [B, 3, ...]."""
+    zz, zy, zx, yy, yx, xx = blocks.unbind(1)
+    z, y, x = d.unbind(1)
+    return torch.stack([zz * z + zy * y + zx * x, zy * z + yy * y + yx * x, zx * z + yx * y + xx * x], 1)
+
+
+def _floor(trace: Tensor) -> Tensor:
+    """What keeps the system definite where no point votes: [B]."""
+    return 1e-6 * trace.sum(1).flatten(1).mean(1) + 1e-12
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

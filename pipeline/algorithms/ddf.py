@@ -16,16 +16,19 @@ A fit shares a batch with those whose lattices take the same room, and its resul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool3d, max_pool3d, pad
 
 from pipeline.algorithms import roi_fields
-from pipeline.algorithms.affine import Affine, robust_affine
+from pipeline.algorithms.affine import Affine, nearest_rigid, robust_affine
 from pipeline.algorithms.bspline import (
     ControlGrid,
     Lattices,
@@ -38,6 +41,7 @@ from pipeline.algorithms.bspline import (
     resample,
     solve,
 )
+from pipeline.algorithms.eq10 import polish
 from pipeline.algorithms.fit_config import FitConfig, Level
 from pipeline.algorithms.lattice import Lattice
 from pipeline.algorithms.regularity import SMALLEST_JACOBIAN, orientation_preserving, stays_above, unfolded
@@ -45,7 +49,8 @@ from pipeline.algorithms.roi_fields import Points, Problem, RoiFields, RoiPair
 
 _FEWEST_FOR_AFFINE = 3
 _NO_LINEAR_PART_MM = 1e6
-_HALVINGS = 4
+_LOSS, _APART = 0.01, 0.05
+_REACHES = (1, 2, 3, 4, 6, 8, 12)
 _NODES_AT_ONCE = 1 << 18  # of a batch: more no longer fit the cache of a processor
 
 
@@ -58,9 +63,10 @@ class FitResult:
         affine: float64 4x4, the affine part alone: fixed-local to fixed-frame moving position, mm.
         lattice: float32 [3, nz, ny, nx], mm, what the field adds to the affine part at the nodes, linear between them.
         step_mm: distance of the nodes (z, y, x); the first lies on voxel 0, the last on the last voxel or beyond.
-        fallback: "none", or what was fitted instead for lack of ROI pairs: "identity" (no pair), "translation"
-            (fewer than three).
-        roi_overlap: float32 [K], soft Dice of each pair after the fit, 0..1.
+        fallback: "none", or the simpler map that was fitted for lack of information: "identity" (no pair);
+            "translation" (fewer than three) or "rigid" (centroids on a line) as the affine part; "affine" alone where
+            local displacements move the ROIs apart on average or no pair meets, as with contradictory pairs.
+        roi_overlap: float32 [K], soft Dice of each pair after the fit, 0..1; 0 for an empty mask.
         damped: whether the affine part, or with `diffeomorphic` the field, had to be drawn back so as not to fold.
     """
 
@@ -101,18 +107,35 @@ def fit_ddfs(
     Returns:
         For each problem the field, its affine part and what the fit fell back to; never NaN.
     """
+    torch.set_flush_denormal(True)  # values that die out away from the ROIs would slow every step tenfold
     results: dict[int, FitResult] = {}
-    rooms: dict[tuple[_Room, ...], list[int]] = {}
-    for k, problem in enumerate(problems):
+    plans: dict[_Plan, list[int]] = {}
+    usable = [_usable(problem) for problem in problems]
+    for k, problem in enumerate(usable):
         if problem.pairs:
-            rooms.setdefault(tuple(_room(problem, level) for level in config.levels), []).append(k)
+            plans.setdefault(_plan(problem, config.levels), []).append(k)
         else:
             results[k] = _identity(problem)
-    for room, members in rooms.items():
-        size = max(1, nodes_at_once // max(int(np.prod(level.nodes)) for level in room))
+    for plan, members in plans.items():
+        size = max(1, nodes_at_once // max((math.prod(room.nodes) for _, room in plan), default=1))
         for batch in (members[start : start + size] for start in range(0, len(members), size)):
-            results.update(zip(batch, _fit([problems[k] for k in batch], room, config, device), strict=True))
-    return [results[k] for k in range(len(problems))]
+            results.update(zip(batch, _fit([usable[k] for k in batch], plan, config, device), strict=True))
+    return [_with_empty(results[k], problem) for k, problem in enumerate(problems)]
+
+
+def _usable(problem: Problem) -> Problem:
+    return replace(problem, pairs=[pair for pair in problem.pairs if _holds_something(pair)])
+
+
+def _holds_something(pair: RoiPair) -> bool:
+    return bool(pair.fixed.mask.any() and pair.moving.mask.any())
+
+
+def _with_empty(result: FitResult, problem: Problem) -> FitResult:
+    """The overlap of all pairs, also of those that had to be left out."""
+    overlap = np.zeros(len(problem.pairs), np.float32)
+    overlap[[_holds_something(pair) for pair in problem.pairs]] = result.roi_overlap
+    return replace(result, roi_overlap=overlap)
 
 
 @dataclass(frozen=True)
@@ -121,6 +144,15 @@ class _Room:
 
     nodes: Shape
     controls: Shape
+
+
+_Plan: TypeAlias = tuple[tuple[Level, _Room], ...]
+
+
+def _plan(problem: Problem, levels: Sequence[Level]) -> _Plan:
+    """The levels for which a pair of the problem votes, and their room."""
+    surest = max(pair.confidence for pair in problem.pairs)
+    return tuple((level, _room(problem, level)) for level in levels if surest >= level.trust)
 
 
 def _room(problem: Problem, level: Level) -> _Room:
@@ -135,38 +167,81 @@ def _rounded(counts: Shape) -> Shape:
     return z, y, x
 
 
-def _fit(problems: Sequence[Problem], room: Sequence[_Room], config: FitConfig, device: str) -> Iterator[FitResult]:
-    """Fit problems whose lattices take the same room."""
+def _fit(problems: Sequence[Problem], plan: _Plan, config: FitConfig, device: str) -> Iterator[FitResult]:
+    """Fit problems of the same plan."""
     rois = roi_fields.build(problems, device, config.confidence_power)
-    centers = (part.mean(0).cpu().numpy() for part in torch.split(rois.fixed_centroid, list(rois.size)))
-    fitted = _fit_affines(rois, config, flat=[problem.shape[0] == 1 for problem in problems])
-    affines, damped = zip(*map(orientation_preserving, fitted, centers), strict=True)
+    simpler = [_determined(part, p.h0) for part, p in zip(_by_fit(rois, rois.fixed_centroid), problems, strict=True)]
+    centers = [part.mean(0).cpu().numpy() for part in _by_fit(rois, rois.fixed_centroid)]
+    fitted = _fit_affines(rois, config, [problem.shape[0] == 1 for problem in problems], simpler)
+    affines, drawn_back = zip(*map(orientation_preserving, fitted, centers), strict=True)
     matrix = torch.as_tensor(np.stack(affines), dtype=torch.float32, device=device)
-    u: Lattices | None = None
-    for level, space in zip(config.levels, room, strict=True):
-        steps = [node_counts(p.shape, p.spacing_mm, level.stride, p.h0)[1] for p in problems]
-        lattice = Lattices.zero(space.nodes, steps, device)
-        u = lattice if u is None else resample(u, lattice)
-        points = rois.points(3 * level.tau + 1, level.points, config.points_per_roi)
-        weights = _reweighted(rois, points, matrix, u, level.tau, config.robust)
-        u = _fit_level(rois, points, weights, matrix, u, level, space.controls, config)
-    assert u is not None
-    fields = [_within(u, k, problem, config.levels[-1]) for k, problem in enumerate(problems)]
-    if config.diffeomorphic:
-        kept = [unfolded(field, affine, SMALLEST_JACOBIAN) for field, affine in zip(fields, affines, strict=True)]
-        fields, damped = [field for field, _ in kept], tuple(a or b for a, (_, b) in zip(damped, kept, strict=True))
-    overlap = rois.split(_overlap(rois, rois.points(4, 1, config.points_per_roi), matrix, u, 1.0).tolist())
-    for k, (problem, field, affine) in enumerate(zip(problems, fields, affines, strict=True)):
-        fallback = "none" if len(problem.pairs) >= _FEWEST_FOR_AFFINE else "translation"
+    still = Lattices.zero((1, 1, 1), [problem.spacing_mm for problem in problems], device)
+    u = _fit_levels(rois, problems, matrix, still, plan, config)
+    points = rois.points(4, 1, config.points_per_roi)
+    overlaps = (_by_fit(rois, _overlap(rois, points, matrix, field, 1.0)) for field in (still, u))
+    for k, (before, overlap) in enumerate(zip(*overlaps, strict=True)):
+        problem, affine, damped, fallback = problems[k], affines[k], drawn_back[k], simpler[k]
+        field = _within(u, k, problem, plan[-1][0] if plan else None)
+        if config.objective == "eq10":
+            field, overlap = _polished(problem, matrix[k : k + 1], field, config)
+        weight = _by_fit(rois, rois.weight)[k]
+        gain = (weight * (overlap - before)).sum() / weight.sum()
+        if fallback == "none" and (float(gain) < -_LOSS or float(overlap.max()) < _APART):
+            field, overlap, fallback = replace(field, values=torch.zeros_like(field.values)), before, "affine"
+        if config.diffeomorphic:
+            field, changed = unfolded(field, affine, SMALLEST_JACOBIAN)
+            damped |= changed
         z, y, x = field.step_mm.tolist()
-        nodes, dice = field.values.cpu().numpy(), np.array(overlap[k], np.float32)
-        yield FitResult(_dense(field, affine, problem), affine, nodes, (z, y, x), fallback, dice, damped[k])
+        nodes, dice = field.values.cpu().numpy(), overlap.cpu().numpy()
+        yield FitResult(_dense(field, affine, problem), affine, nodes, (z, y, x), fallback, dice, damped)
 
 
-def _within(u: Lattices, k: int, problem: Problem, level: Level) -> Lattice:
-    """The field of one fit without the nodes that only fill up."""
+def _by_fit(rois: RoiFields, values: Tensor) -> list[Tensor]:
+    """A quantity of each ROI [K, ...] by fit."""
+    return list(torch.split(values, list(rois.size)))
+
+
+def _determined(centroids: Tensor, h0: float) -> str:
+    """Which map the centroids [K, 3] determine if not an affine: "translation" (too few) or "rigid" (on a line)."""
+    if len(centroids) < _FEWEST_FOR_AFFINE:
+        return "translation"
+    spread = torch.linalg.svdvals(centroids - centroids.mean(0)) / len(centroids) ** 0.5
+    return "rigid" if float(spread[1]) < h0 else "none"
+
+
+def _fit_levels(
+    rois: RoiFields, problems: Sequence[Problem], matrix: Tensor, u: Lattices, plan: _Plan, config: FitConfig
+) -> Lattices:
+    """The fields of all levels, on the lattices of the last one."""
+    for level, room in plan:
+        steps = [node_counts(p.shape, p.spacing_mm, level.stride, p.h0)[1] for p in problems]
+        u = resample(u, Lattices.zero(room.nodes, steps, u.values.device))
+        points = rois.points(level.band or 3 * level.tau + 1, level.points, config.points_per_roi)
+        weights = (rois.confidence >= level.trust) * _reweighted(rois, points, matrix, u, level.tau, config.robust)
+        u = _fit_level(rois, points, weights, matrix, u, level, room.controls, config)
+    return u
+
+
+def _polished(problem: Problem, matrix: Tensor, u: Lattice, config: FitConfig) -> tuple[Lattice, Tensor]:
+    """The field on every voxel after Eq. 10, and the soft Dice of the ROIs."""
+    rois = roi_fields.build([problem], matrix.device, config.confidence_power)
+    start = u.resampled(_voxels(problem, matrix.device))
+    field = polish(rois, matrix, Lattices(start.values[None], start.step_mm[None]), config.eq10)
+    overlap = _overlap(rois, rois.points(4, 1, config.points_per_roi), matrix, field, 1.0)
+    return Lattice(field.values[0], field.step_mm[0]), overlap
+
+
+def _within(u: Lattices, k: int, problem: Problem, level: Level | None) -> Lattice:
+    """The field of one fit without the nodes that only fill up; of no level, on every voxel."""
+    if level is None:
+        return _voxels(problem, u.values.device)
     z, y, x = node_counts(problem.shape, problem.spacing_mm, level.stride, problem.h0)[0]
     return Lattice(u.values[k, :, :z, :y, :x], u.step_mm[k])
+
+
+def _voxels(problem: Problem, device: torch.device) -> Lattice:
+    zero = Lattice.voxels(problem.shape, problem.spacing_mm)
+    return Lattice(zero.values.to(device), zero.step_mm.to(device))
 
 
 def _identity(problem: Problem) -> FitResult:
@@ -179,8 +254,7 @@ def _identity(problem: Problem) -> FitResult:
 
 def _dense(u: Lattice, affine: Affine, problem: Problem) -> npt.NDArray[np.float32]:
     """The field on every voxel, [3, D, H, W] mm."""
-    voxels = Lattice.voxels(problem.shape, problem.spacing_mm)
-    full = u.resampled(Lattice(voxels.values.to(u.values), voxels.step_mm.to(u.values)))
+    full = u.resampled(_voxels(problem, u.values.device))
     matrix = torch.as_tensor(affine, dtype=torch.float32, device=u.values.device)
     x = full.points()
     shift = torch.einsum("ij,j...->i...", matrix[:3, :3] - torch.eye(3, device=x.device), x)
@@ -198,13 +272,15 @@ def _affine_map(matrix: Tensor, points: Points) -> Tensor:
     return (m[:, :3, :3] @ points.x[:, :, None])[:, :, 0] + m[:, :3, 3]
 
 
-def _fit_affines(rois: RoiFields, config: FitConfig, flat: Sequence[bool]) -> list[Affine]:
+def _fit_affines(rois: RoiFields, config: FitConfig, flat: Sequence[bool], simpler: Sequence[str]) -> list[Affine]:
     """Robust affines of the centroids, refined on the soft masks by damped Gauss-Newton steps."""
     ends = np.cumsum(rois.size)[:-1]
     columns = (t.cpu().numpy().astype(np.float64) for t in (rois.fixed_centroid, rois.moving_centroid, rois.weight))
     fixed, moving, weight = (np.split(values, ends) for values in columns)
-    priors = [config.affine_prior_mm if n >= _FEWEST_FOR_AFFINE else _NO_LINEAR_PART_MM for n in rois.size]
+    priors = [_NO_LINEAR_PART_MM if name == "translation" else config.affine_prior_mm for name in simpler]
     starts = [robust_affine(*each) for each in zip(fixed, moving, weight, priors, strict=True)]
+    for k in (k for k, name in enumerate(simpler) if name == "rigid"):
+        starts[k] = nearest_rigid(starts[k], np.average(fixed[k], axis=0, weights=weight[k]))
     if config.affine_iterations == 0:
         return starts
     matrix = torch.as_tensor(np.stack(starts), dtype=torch.float32, device=rois.moving.device)
@@ -236,7 +312,8 @@ def _fit_affines(rois: RoiFields, config: FitConfig, flat: Sequence[bool]) -> li
         matrix = matrix.clone()
         matrix[:, :3, :3] += linear
         matrix[:, :3, 3] += step[:, :, 3] - (linear @ center[:, :, None])[:, :, 0]
-    return list(matrix.cpu().numpy().astype(np.float64))
+    found = matrix.cpu().numpy().astype(np.float64)
+    return [start if name == "rigid" else a for start, name, a in zip(starts, simpler, found, strict=True)]
 
 
 def _sum_per_fit(points: Points, values: Tensor, fits: int) -> Tensor:
@@ -268,7 +345,7 @@ def _reweighted(rois: RoiFields, points: Points, matrix: Tensor, u: Lattices, ta
     if not power:
         return rois.weight
     overlap = _overlap(rois, points, matrix, u, tau)
-    typical = torch.stack([part.quantile(0.75) for part in torch.split(overlap, list(rois.size))]).clamp_min(1e-3)
+    typical = torch.stack([part.quantile(0.75) for part in _by_fit(rois, overlap)]).clamp_min(1e-3)
     return rois.weight * torch.clamp(overlap / typical[rois.fit], max=1.0) ** power
 
 
@@ -291,6 +368,7 @@ def _fit_level(
     linear = matrix[points.fit, :3, :3]
     across = linear[:, 0]
     rows, cols = torch.triu_indices(3, 3)
+    moving = torch.ones(len(u.values), dtype=torch.bool, device=matrix.device)
     for _ in range(level.iterations):
         y = _transform(matrix, u, points)
         residual, gradient, _ = rois.residual(points, y, tau)
@@ -299,28 +377,46 @@ def _fit_level(
         gain = slope * (residual * weight)[:, None] + across * (offset * anchor)[:, None]
         curvature = slope[:, rows] * slope[:, cols] * weight[:, None]
         curvature = curvature + anchor[:, None] * (across[:, rows] * across[:, cols])
-        g, h = grid.gather(cell, gain, curvature)
-        d = solve(grid, g, h, config.smoothness * rois.h0**2)
+        dense = grid.scatter(cell, torch.cat([gain, curvature], 1))
+        d = solve(grid, dense[:, :3], dense[:, 3:], config.smoothness * rois.h0**2, level.lumped)
         delta = grid.expand(torch.maximum(torch.minimum(d, limit), -limit))
-        u = _guarded_step(u, delta, matrix, config.diffeomorphic)
+        u = _guarded_step(u, delta, matrix, moving, config.diffeomorphic)
+        moving = moving & (delta.abs().flatten(1).amax(1) >= config.settled * rois.h0)
+        if not bool(moving.any()):
+            break
     return u
 
 
-def _guarded_step(u: Lattices, delta: Tensor, matrix: Tensor, everywhere: bool) -> Lattices:
-    """Compose with the largest of delta, delta / 2, delta / 4 ... that folds no node, or no position of any cell."""
+def _guarded_step(u: Lattices, delta: Tensor, matrix: Tensor, moving: Tensor, everywhere: bool) -> Lattices:
+    """Compose the fits `moving` [B] with delta, damped around the nodes where a field would stop being one-to-one.
+
+    With `everywhere` no position of any cell may fold, either.
+    """
     values = u.values
-    left = torch.arange(len(values), device=values.device)
-    for _ in range(_HALVINGS):
-        moved = compose(Lattices(u.values[left], u.step_mm[left]), delta[left], matrix[left])
-        good = jacobian(moved, matrix[left]).flatten(1).amin(1) > SMALLEST_JACOBIAN
+    left = torch.nonzero(moving)[:, 0]
+    for reach in _REACHES:
+        part, step, affine = Lattices(u.values[left], u.step_mm[left]), delta[left], matrix[left]
+        moved = compose(part, step, affine)
+        bad = jacobian(moved, affine) < jacobian(part, affine).clamp(max=SMALLEST_JACOBIAN)
+        good = ~bad.flatten(1).any(1)
+        damping = 1 - _softened(bad, reach)[:, None]
         if everywhere:
-            good &= _none_folds(moved, matrix[left])
+            whole = _none_folds(moved, affine)
+            damping[good & ~whole] = 0.5
+            good &= whole
         values = values.index_copy(0, left[good], moved.values[good])
+        delta = delta.index_copy(0, left, step * damping)
         left = left[~good]
         if not len(left):
             break
-        delta = delta / 2
     return Lattices(values, u.step_mm)
+
+
+def _softened(bad: Tensor, reach: int) -> Tensor:
+    """One within `reach` nodes of a marked node, falling to zero over as many more: [B, nz, ny, nx]."""
+    width = 2 * reach + 1
+    spread = max_pool3d(bad.float(), 2 * width - 1, 1, width - 1)
+    return avg_pool3d(pad(spread, [reach] * 6, mode="replicate"), width, 1)
 
 
 def _none_folds(u: Lattices, matrix: Tensor) -> Tensor:

@@ -14,8 +14,12 @@ class Level:
         stride: lattice step of the stored field.
         control: control point spacing of the update.
         tau: softness of the masks.
+        iterations: Gauss-Newton steps at most.
         points: row and column step of the points that vote.
-        iterations: Gauss-Newton steps.
+        band: how far from the fixed boundary points vote; 0 is 3 tau + 1. Soft masks in a narrow band match distances,
+            which reaches further than hard masks do.
+        lumped: short, smooth steps that errors in the outlines hardly disturb; off, full steps that converge sooner.
+        trust: smallest confidence of the pairs that vote. A level for which no pair votes is left out.
     """
 
     stride: int
@@ -23,13 +27,46 @@ class Level:
     tau: float
     iterations: int
     points: int = 1
+    band: float = 0.0
+    lumped: bool = True
+    trust: float = 0.0
 
 
 DEFAULT_LEVELS = (
     Level(4, 16.0, 4.0, 4, 4),
     Level(2, 8.0, 2.0, 4, 2),
     Level(2, 5.0, 1.2, 4, 2),
+    Level(2, 4.0, 3.0, 6, 1, 3.0, False, 0.99),
+    Level(1, 2.0, 1.5, 6, 1, 2.5, False, 0.99),
 )
+
+
+@dataclass(frozen=True)
+class Eq10Config:
+    """Settings of the literal Eq. 10, `pipeline.algorithms.eq10`.
+
+    Attributes:
+        smoothness: lambda of Eq. 10, for the gradient of the whole field without its affine part.
+        control: control point spacing, in h0.
+        band: how far from the fixed boundaries masks are compared, in h0.
+        points_per_roi: about how many voxels of a ROI are compared, for each of its slices.
+        learning_rate: of Adam, in h0.
+        iterations: at most.
+        settled: a step that lowers the loss by less than this is none; fifteen such end the fit.
+    """
+
+    smoothness: float = 0.05
+    control: float = 2.0
+    band: float = 4.0
+    points_per_roi: int = 2000
+    learning_rate: float = 0.05
+    iterations: int = 100
+    settled: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name in ("control", "band", "points_per_roi", "learning_rate", "iterations"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"fit.eq10.{name} is {getattr(self, name)}; expected a number above 0")
 
 
 @dataclass(frozen=True)
@@ -62,6 +99,8 @@ class FitConfig:
     """Settings of the displacement fit.
 
     Attributes:
+        objective: `gauss_newton`, or `eq10`, which goes on from there (from the affine if `levels` is empty) with the
+            literal Eq. 10: closest to the ROIs, slower, and without a guarantee against folds.
         smoothness: weight of the gradient penalty on each update (the lambda of Eq. 10 for the update).
         step: largest update per iteration, as a fraction of the control spacing.
         affine_iterations: Gauss-Newton steps of the affine part.
@@ -70,11 +109,14 @@ class FitConfig:
         slice_weight: weight of the matched slice's position along the through-plane axis.
         confidence_power: a pair weighs its confidence to this power.
         points_per_roi: about how many voxels of a ROI vote, for each of its slices.
-        levels: coarse to fine.
+        settled: a level stops early when the largest change is below this part of h0.
+        levels: coarse to fine. The last of the default ones are for pairs whose outlines are certain (labels).
         diffeomorphic: det J > 0 everywhere in the written field, checked, and its inverse written beside it.
+        eq10: settings of that objective.
         refine: refinement on the intensities afterwards, off by default.
     """
 
+    objective: Literal["gauss_newton", "eq10"] = "gauss_newton"
     smoothness: float = 0.001
     step: float = 0.4
     affine_iterations: int = 12
@@ -83,6 +125,8 @@ class FitConfig:
     slice_weight: float = 0.05
     confidence_power: float = 2.0
     points_per_roi: int = 120
+    settled: float = 0.02
     levels: tuple[Level, ...] = field(default=DEFAULT_LEVELS)
     diffeomorphic: bool = False
+    eq10: Eq10Config = Eq10Config()
     refine: RefineConfig = RefineConfig()

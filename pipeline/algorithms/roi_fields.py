@@ -91,7 +91,7 @@ class RoiFields:
         fixed: K signed distance maps on crops of the fixed grid, mm. corner: [K, 3] first fixed index of each.
         spacing_mm: [K, 3] (z, y, x) of their fixed grids. unit_mm: [K] h0.
         fit: [K]. size: pairs of each fit. h0: [B] mm.
-        weight: [K]. count: [K] voxels of the fixed ROI, which normalise the ROI's mean error.
+        weight, confidence: [K]. count: [K] voxels of the fixed ROI, which normalise the ROI's mean error.
         fixed_centroid, moving_centroid: [K, 3] mm, both in the fixed frame.
         moving: flat signed distance maps, mm. base, dims, origin: [K] start, [K, 3] size, [K, 3] first index of each.
         to_index: [B, 3, 4] fixed-frame mm to moving index. slab: [K] whether z is unknown.
@@ -106,6 +106,7 @@ class RoiFields:
     size: tuple[int, ...]
     h0: Tensor
     weight: Tensor
+    confidence: Tensor
     count: Tensor
     fixed_centroid: Tensor
     moving_centroid: Tensor
@@ -170,7 +171,7 @@ class RoiFields:
 
         `tau` is [P], mm.
         """
-        distance, gradient = self._sample(points, y)
+        distance, gradient = self.sample(points, y)
         moved = torch.sigmoid(distance / tau)
         residual = 4 * tau * (moved - torch.sigmoid(points.fixed / tau))
         return residual, gradient * (4 * moved * (1 - moved))[:, None], moved
@@ -179,7 +180,7 @@ class RoiFields:
         """Residual [P] (mm) that pulls slabs to their matched slice, and its weight [P], zero for 3D ROIs."""
         return y[:, 0] - self.moving_centroid[points.roi, 0], self.slab[points.roi] * weight
 
-    def _sample(self, points: Points, y: Tensor) -> tuple[Tensor, Tensor]:
+    def sample(self, points: Points, y: Tensor) -> tuple[Tensor, Tensor]:
         """Linear interpolation of the moving distance map of each point's ROI, and its gradient per mm of y."""
         roi, to_index = points.roi, self.to_index[points.fit]
         position = (to_index[:, :, :3] @ y[:, :, None])[:, :, 0] + to_index[:, :, 3] - self.origin[roi]
@@ -267,6 +268,7 @@ def build(
         size=tuple(len(problem.pairs) for problem in problems),
         h0=real(h0),
         weight=real([pair.confidence**confidence_power for pair in pairs]),
+        confidence=real([pair.confidence for pair in pairs]),
         count=real([pair.fixed.mask.sum() for pair in pairs]),
         fixed_centroid=real(here),
         moving_centroid=real(there),
