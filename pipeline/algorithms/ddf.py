@@ -17,15 +17,15 @@ A fit shares a batch with those whose lattices take the same room, and its resul
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool3d, max_pool3d, pad
+from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
 from pipeline.algorithms import roi_fields
 from pipeline.algorithms.affine import Affine, nearest_rigid, robust_affine
@@ -45,11 +45,12 @@ from pipeline.algorithms.eq10 import polish
 from pipeline.algorithms.fit_config import FitConfig, Level
 from pipeline.algorithms.lattice import Lattice
 from pipeline.algorithms.regularity import SMALLEST_JACOBIAN, orientation_preserving, stays_above, unfolded
-from pipeline.algorithms.roi_fields import Points, Problem, RoiFields, RoiPair
+from pipeline.algorithms.roi_fields import Points, Problem, Roi, RoiFields, RoiPair
 
 _FEWEST_FOR_AFFINE = 3
 _NO_LINEAR_PART_MM = 1e6
 _LOSS, _APART = 0.01, 0.05
+_SEEN = 16.0  # h0
 _REACHES = (1, 2, 3, 4, 6, 8, 12)
 _NODES_AT_ONCE = 1 << 18  # of a batch: more no longer fit the cache of a processor
 
@@ -111,15 +112,16 @@ def fit_ddfs(
     results: dict[int, FitResult] = {}
     plans: dict[_Plan, list[int]] = {}
     usable = [_usable(problem) for problem in problems]
+    boxes = [_cropped(problem, config.levels) for problem in usable]
     for k, problem in enumerate(usable):
         if problem.pairs:
-            plans.setdefault(_plan(problem, config.levels), []).append(k)
+            plans.setdefault(_plan(boxes[k].problem, config.levels), []).append(k)
         else:
             results[k] = _identity(problem)
     for plan, members in plans.items():
         size = max(1, nodes_at_once // max((math.prod(room.nodes) for _, room in plan), default=1))
         for batch in (members[start : start + size] for start in range(0, len(members), size)):
-            results.update(zip(batch, _fit([usable[k] for k in batch], plan, config, device), strict=True))
+            results.update(zip(batch, _fit([boxes[k] for k in batch], plan, config, device), strict=True))
     return [_with_empty(results[k], problem) for k, problem in enumerate(problems)]
 
 
@@ -136,6 +138,65 @@ def _with_empty(result: FitResult, problem: Problem) -> FitResult:
     overlap = np.zeros(len(problem.pairs), np.float32)
     overlap[[_holds_something(pair) for pair in problem.pairs]] = result.roi_overlap
     return replace(result, roi_overlap=overlap)
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A problem on the part of the fixed grid that its ROIs see; beyond it the field goes on as at its border.
+
+    Attributes:
+        problem: in the frame of the box. whole: as it was given.
+        first: voxel (z, y, x) of the fixed grid that is the first of the box.
+    """
+
+    problem: Problem
+    whole: Problem
+    first: Shape
+
+
+def _cropped(problem: Problem, levels: Sequence[Level]) -> _Box:
+    """The box of the fixed ROIs and `_SEEN` h0 around them, beginning on a node of every level."""
+    if not problem.pairs:
+        return _Box(problem, problem, (0, 0, 0))
+    offsets = np.array([pair.fixed.offset for pair in problem.pairs])
+    ends = offsets + [pair.fixed.mask.shape for pair in problem.pairs]
+    reach = np.ceil(_SEEN * problem.h0 / np.array(problem.spacing_mm)).astype(int)
+    steps = [_voxels_per_step(problem, level) for level in levels]
+    multiple = np.lcm.reduce(np.array(steps or [(1, 1, 1)]), axis=0)
+    first = (offsets.min(0) - reach).clip(min=0) // multiple * multiple
+    shape = np.minimum(ends.max(0) + reach, problem.shape) - first
+    shift = np.eye(4)
+    shift[:3, 3] = -first * problem.spacing_mm
+    pairs = [
+        replace(pair, fixed=Roi(pair.fixed.mask, _triple(np.subtract(pair.fixed.offset, first))))
+        for pair in problem.pairs
+    ]
+    inside = replace(problem, pairs=pairs, shape=_triple(shape), moving_to_fixed=shift @ problem.moving_to_fixed)
+    return _Box(inside, problem, _triple(first))
+
+
+def _voxels_per_step(problem: Problem, level: Level) -> Shape:
+    step_mm = node_counts(problem.shape, problem.spacing_mm, level.stride, problem.h0)[1]
+    return _triple(np.rint(np.array(step_mm) / problem.spacing_mm))
+
+
+def _triple(values: npt.NDArray[Any]) -> Shape:
+    z, y, x = (int(value) for value in values)
+    return z, y, x
+
+
+def _uncropped(u: Lattice, affine: Affine, box: _Box) -> tuple[Lattice, Affine]:
+    """The field of a box on the whole grid, its values continued, and the affine part in its frame."""
+    origin = box.first * np.array(box.whole.spacing_mm)
+    matrix = affine.copy()
+    matrix[:3, 3] += origin - affine[:3, :3] @ origin
+    steps = [round(float(step) / s) for step, s in zip(u.step_mm, box.whole.spacing_mm, strict=True)]
+    pads = []
+    for n, k, start, size in zip(u.values.shape[1:], steps, box.first, box.whole.shape, strict=True):
+        pads.append((start // k, math.ceil((size - 1) / k) + 1 - start // k - n))
+    z, y, x = pads
+    padded = pad(u.values[None], (*x, *y, *z), mode="replicate")[0]
+    return replace(u, values=padded), matrix
 
 
 @dataclass(frozen=True)
@@ -167,8 +228,9 @@ def _rounded(counts: Shape) -> Shape:
     return z, y, x
 
 
-def _fit(problems: Sequence[Problem], plan: _Plan, config: FitConfig, device: str) -> Iterator[FitResult]:
+def _fit(boxes: Sequence[_Box], plan: _Plan, config: FitConfig, device: str) -> Iterator[FitResult]:
     """Fit problems of the same plan."""
+    problems = [box.problem for box in boxes]
     rois = roi_fields.build(problems, device, config.confidence_power)
     simpler = [_determined(part, p.h0) for part, p in zip(_by_fit(rois, rois.fixed_centroid), problems, strict=True)]
     centers = [part.mean(0).cpu().numpy() for part in _by_fit(rois, rois.fixed_centroid)]
@@ -191,9 +253,10 @@ def _fit(problems: Sequence[Problem], plan: _Plan, config: FitConfig, device: st
         if config.diffeomorphic:
             field, changed = unfolded(field, affine, SMALLEST_JACOBIAN)
             damped |= changed
+        field, affine = _uncropped(field, affine, boxes[k])
         z, y, x = field.step_mm.tolist()
         nodes, dice = field.values.cpu().numpy(), overlap.cpu().numpy()
-        yield FitResult(_dense(field, affine, problem), affine, nodes, (z, y, x), fallback, dice, damped)
+        yield FitResult(_dense(field, affine, boxes[k].whole), affine, nodes, (z, y, x), fallback, dice, damped)
 
 
 def _by_fit(rois: RoiFields, values: Tensor) -> list[Tensor]:
@@ -414,9 +477,21 @@ def _guarded_step(u: Lattices, delta: Tensor, matrix: Tensor, moving: Tensor, ev
 
 def _softened(bad: Tensor, reach: int) -> Tensor:
     """One within `reach` nodes of a marked node, falling to zero over as many more: [B, nz, ny, nx]."""
-    width = 2 * reach + 1
-    spread = max_pool3d(bad.float(), 2 * width - 1, 1, width - 1)
-    return avg_pool3d(pad(spread, [reach] * 6, mode="replicate"), width, 1)
+    near = bad.float()
+    for axis, n in enumerate(bad.shape[1:]):
+        if n > 1:
+            near = _along(near, axis, lambda rows: max_pool1d(rows, 4 * reach + 1, 1, 2 * reach))
+            near = _along(
+                near, axis, lambda rows: avg_pool1d(pad(rows, (reach, reach), mode="replicate"), 2 * reach + 1, 1)
+            )
+    return near
+
+
+def _along(values: Tensor, axis: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a function of rows [N, 1, n] along an axis, 0 to 2, of [B, nz, ny, nx]."""
+    moved = values.movedim(axis + 1, -1)
+    rows = function(moved.reshape(-1, 1, moved.shape[-1]))
+    return rows.reshape(moved.shape).movedim(-1, axis + 1)
 
 
 def _none_folds(u: Lattices, matrix: Tensor) -> Tensor:
