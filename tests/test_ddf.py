@@ -10,6 +10,7 @@ from scipy.ndimage import map_coordinates
 
 from pipeline.algorithms import metrics, warp
 from pipeline.algorithms.ddf import FitConfig, FitResult, fit_ddf, fit_ddfs
+from pipeline.algorithms.fit_config import DEFAULT_LEVELS
 from pipeline.algorithms.roi_fields import Problem, Roi, RoiPair, signed_distance
 
 SHAPE = (8, 72, 80)
@@ -183,6 +184,69 @@ def test_full_border_and_single_voxel_masks(box: tuple[slice, ...]) -> None:
     others = [RoiPair(crop(m), crop(m)) for m in discs(6, 1)]
     result = fit([RoiPair(crop(mask), crop(mask)), *others])
     assert np.abs(result.ddf).max() < 0.3
+
+
+def crosses() -> list[RoiPair]:
+    """Three balls that are crosses of three bars in the moving image."""
+    grid = np.indices((36, 48, 48))
+    pairs = []
+    for center in ((11, 11, 11), (13, 35, 15), (24, 18, 34)):
+        away = np.abs(grid - np.array(center)[:, None, None, None])
+        fixed = (away**2).sum(0) < 30
+        moving = (np.sort(away, axis=0)[:2] < 3).all(0) & (away < 8).all(0)
+        pairs.append(RoiPair(crop(fixed), crop(moving)))
+    return pairs
+
+
+def mean_dice(pairs: list[RoiPair], config: FitConfig) -> float:
+    shape, unit = (36, 48, 48), (1.0, 1.0, 1.0)
+    result = fit_ddf(pairs, shape, unit, unit, IDENTITY, config)
+    index = warp.moving_indices(result.ddf, unit, IDENTITY, unit)
+    found = []
+    for pair in pairs:
+        fixed, moving = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        for whole, roi in ((fixed, pair.fixed), (moving, pair.moving)):
+            whole[tuple(slice(o, o + n) for o, n in zip(roi.offset, roi.mask.shape, strict=True))] = roi.mask
+        found.append(metrics.dice(fixed > 0, warp.warp_image(moving, index) >= 0.5))
+    return float(np.mean(found))
+
+
+def test_only_trusted_pairs_take_the_fine_levels() -> None:
+    pairs = crosses()
+    unsure = [RoiPair(p.fixed, p.moving, 0.9) for p in pairs]
+    coarse = FitConfig(levels=DEFAULT_LEVELS[:3])
+    assert mean_dice(pairs, FitConfig()) > mean_dice(pairs, coarse) + 0.01
+    assert mean_dice(unsure, FitConfig()) == mean_dice(unsure, coarse)
+
+
+def test_eq10_comes_closer_to_the_rois_also_without_levels() -> None:
+    pairs = crosses()
+    start = mean_dice(pairs, FitConfig(levels=()))
+    alone = mean_dice(pairs, FitConfig(levels=(), objective="eq10"))
+    polished = mean_dice(pairs, FitConfig(objective="eq10"))
+    assert alone > start + 0.02
+    assert polished > mean_dice(pairs, FitConfig())
+    assert polished > 0.96
+
+
+def test_pairs_on_a_line_fall_back_to_a_rigid_affine_part() -> None:
+    pairs = []
+    for x in (12, 34, 60):
+        fixed, moving = np.zeros(SHAPE, bool), np.zeros(SHAPE, bool)
+        fixed[4, 30:38, x : x + 8], moving[4, 34:42, x : x + 8] = True, True
+        pairs.append(RoiPair(crop(fixed), crop(moving)))
+    result = fit(pairs)
+    assert result.fallback == "rigid"
+    np.testing.assert_allclose(result.affine[:3, :3] @ result.affine[:3, :3].T, np.eye(3), atol=1e-6)
+    assert result.ddf[1, 4, 34, 30:50].mean() == pytest.approx(4 * SPACING[1], abs=0.5)
+
+
+def test_empty_masks_are_no_pairs() -> None:
+    empty = Roi(np.zeros((1, 4, 4), bool), (2, 10, 10))
+    whole = crop(discs(3, 1)[2])
+    result = fit([RoiPair(empty, whole), RoiPair(whole, empty)])
+    assert result.fallback == "identity"
+    assert not result.ddf.any()
 
 
 @given(st.integers(0, 2**32 - 1))

@@ -51,6 +51,7 @@ _FEWEST_FOR_AFFINE = 3
 _NO_LINEAR_PART_MM = 1e6
 _LOSS, _APART = 0.01, 0.05
 _SEEN = 16.0  # h0
+_ROUNDING = 1e-4  # of a determinant
 _REACHES = (1, 2, 3, 4, 6, 8, 12)
 _NODES_AT_ONCE = 1 << 18  # of a batch: more no longer fit the cache of a processor
 
@@ -279,7 +280,8 @@ def _fit_levels(
     for level, room in plan:
         steps = [node_counts(p.shape, p.spacing_mm, level.stride, p.h0)[1] for p in problems]
         u = resample(u, Lattices.zero(room.nodes, steps, u.values.device))
-        points = rois.points(level.band or 3 * level.tau + 1, level.points, config.points_per_roi)
+        limit = level.points_per_roi or config.points_per_roi
+        points = rois.points(level.band or 3 * level.tau + 1, level.points, limit)
         weights = (rois.confidence >= level.trust) * _reweighted(rois, points, matrix, u, level.tau, config.robust)
         u = _fit_level(rois, points, weights, matrix, u, level, room.controls, config)
     return u
@@ -441,7 +443,7 @@ def _fit_level(
         curvature = slope[:, rows] * slope[:, cols] * weight[:, None]
         curvature = curvature + anchor[:, None] * (across[:, rows] * across[:, cols])
         dense = grid.scatter(cell, torch.cat([gain, curvature], 1))
-        d = solve(grid, dense[:, :3], dense[:, 3:], config.smoothness * rois.h0**2, level.lumped)
+        d = solve(grid, dense[:, :3], dense[:, 3:], level.smoothness * config.smoothness * rois.h0**2, level.lumped)
         delta = grid.expand(torch.maximum(torch.minimum(d, limit), -limit))
         u = _guarded_step(u, delta, matrix, moving, config.diffeomorphic)
         moving = moving & (delta.abs().flatten(1).amax(1) >= config.settled * rois.h0)
@@ -457,21 +459,20 @@ def _guarded_step(u: Lattices, delta: Tensor, matrix: Tensor, moving: Tensor, ev
     """
     values = u.values
     left = torch.nonzero(moving)[:, 0]
+    allowed = (jacobian(u, matrix) - _ROUNDING).clamp(max=SMALLEST_JACOBIAN)
     for reach in _REACHES:
-        part, step, affine = Lattices(u.values[left], u.step_mm[left]), delta[left], matrix[left]
-        moved = compose(part, step, affine)
-        bad = jacobian(moved, affine) < jacobian(part, affine).clamp(max=SMALLEST_JACOBIAN)
-        good = ~bad.flatten(1).any(1)
-        damping = 1 - _softened(bad, reach)[:, None]
+        moved = compose(Lattices(u.values[left], u.step_mm[left]), delta[left], matrix[left])
+        bad = jacobian(moved, matrix[left]) < allowed[left]
+        damped = bad.flatten(1).any(1)
+        good = ~damped
         if everywhere:
-            whole = _none_folds(moved, affine)
-            damping[good & ~whole] = 0.5
-            good &= whole
+            good &= _none_folds(moved, matrix[left])
         values = values.index_copy(0, left[good], moved.values[good])
-        delta = delta.index_copy(0, left, step * damping)
-        left = left[~good]
+        left, bad, damped = left[~good], bad[~good], damped[~good]
         if not len(left):
             break
+        share = torch.where(damped[:, None, None, None], 1 - _softened(bad, reach), 0.5)
+        delta = delta.index_copy(0, left, delta[left] * share[:, None])
     return Lattices(values, u.step_mm)
 
 

@@ -20,6 +20,8 @@ class Level:
             which reaches further than hard masks do.
         lumped: short, smooth steps that errors in the outlines hardly disturb; off, full steps that converge sooner.
         trust: smallest confidence of the pairs that vote. A level for which no pair votes is left out.
+        smoothness: of the level, in units of that of the fit.
+        points_per_roi: of the level; 0 is that of the fit.
     """
 
     stride: int
@@ -30,14 +32,18 @@ class Level:
     band: float = 0.0
     lumped: bool = True
     trust: float = 0.0
+    smoothness: float = 1.0
+    points_per_roi: int = 0
 
 
+_TRUST = 0.99  # above any confidence of pairs found by similarity
 DEFAULT_LEVELS = (
+    Level(8, 32.0, 8.0, 4, 4, trust=_TRUST),
     Level(4, 16.0, 4.0, 4, 4),
     Level(2, 8.0, 2.0, 4, 2),
     Level(2, 5.0, 1.2, 4, 2),
-    Level(2, 4.0, 3.0, 6, 1, 3.0, False, 0.99),
-    Level(1, 2.0, 1.5, 6, 1, 2.5, False, 0.99),
+    Level(2, 4.0, 1.5, 6, lumped=False, trust=_TRUST, smoothness=0.1, points_per_roi=400),
+    Level(1, 2.0, 0.8, 6, lumped=False, trust=_TRUST, smoothness=0.1, points_per_roi=400),
 )
 
 
@@ -55,7 +61,7 @@ class Eq10Config:
         settled: a step that lowers the loss by less than this is none; fifteen such end the fit.
     """
 
-    smoothness: float = 0.05
+    smoothness: float = 0.8
     control: float = 2.0
     band: float = 4.0
     points_per_roi: int = 2000
@@ -110,7 +116,8 @@ class FitConfig:
         confidence_power: a pair weighs its confidence to this power.
         points_per_roi: about how many voxels of a ROI vote, for each of its slices.
         settled: a level stops early when the largest change is below this part of h0.
-        levels: coarse to fine. The last of the default ones are for pairs whose outlines are certain (labels).
+        levels: coarse to fine. The first and the last two of the default ones are for pairs whose
+            outlines are certain (labels).
         diffeomorphic: det J > 0 everywhere in the written field, checked, and its inverse written beside it.
         eq10: settings of that objective.
         refine: refinement on the intensities afterwards, off by default.
