@@ -10,6 +10,7 @@ import numpy.typing as npt
 import SimpleITK as sitk  # noqa: N813 (its own documentation's name)
 
 from storage.atomic import replace_file
+from storage.images import quiet_itk
 from storage.integrity import check_file
 from storage.sources import ImageError
 
@@ -31,7 +32,8 @@ def write_frame(source: Path, frame: int, target: Path) -> str:
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(source))
     try:
-        reader.ReadImageInformation()
+        with quiet_itk():
+            reader.ReadImageInformation()
         size = reader.GetSize()
         if len(size) != 4:
             raise ImageError(f"{source}: {len(size)}D image, expected a 4D one to take frame {frame + 1} from")
@@ -41,7 +43,8 @@ def write_frame(source: Path, frame: int, target: Path) -> str:
         check_file(source, str(source), int(np.prod(size)) * probe.GetSizeOfPixelComponent())
         reader.SetExtractSize([*size[:3], 0])
         reader.SetExtractIndex([0, 0, 0, frame])
-        read = reader.Execute()
+        with quiet_itk():
+            read = reader.Execute()
     except RuntimeError:
         raise ImageError(f"{source}: not an image, or a damaged one") from None
     volume = sitk.GetImageFromArray(sitk.GetArrayViewFromImage(read))

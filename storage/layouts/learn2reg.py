@@ -66,7 +66,8 @@ def listed_images(record: dict[str, Any]) -> dict[str, dict[str, str]]:
     images: dict[str, dict[str, str]] = {}
     for part in _PARTS:
         for image, entry in _images_below(record.get(part)):
-            images[image] = images.get(image) or entry
+            place = Path(image).as_posix()  # "./a" and "a" are one
+            images[place] = images.get(place) or entry
     return images
 
 
@@ -87,6 +88,8 @@ def _images_below(entry: Any) -> Iterator[tuple[str, dict[str, str]]]:
 
 def _listed_pairs(entries: Any) -> Iterator[tuple[str, str]]:
     for entry in entries if isinstance(entries, list) else ():
+        if not isinstance(entry, dict) or not {"moving", "fixed"} <= set(entry):
+            raise CohortError(f"a pair of the dataset JSON is {entry!r}; expected moving and fixed")
         yield stem(entry["moving"]), stem(entry["fixed"])
 
 

@@ -49,9 +49,9 @@ def _add_frame(found: Found, cine: Path, phase: str, row: dict[str, str]) -> Non
 
 
 def _read_listing(root: Path) -> dict[str, dict[str, str]]:
-    """Rows of the table of hearts by their code; it lies in the root, or one folder above it."""
-    tables = [path for folder in (root, root.parent) for path in folder.glob("*.csv") if "M&Ms" in path.name]
-    path = one_of(root, tables, "table *M&Ms*.csv, here or in the folder above")
+    """Rows of the table of hearts by their code; it lies in the root, or up to two folders above it."""
+    tables = [path for folder in (root, *root.parents[:2]) for path in folder.glob("*.csv") if "M&Ms" in path.name]
+    path = one_of(root, tables, "table *M&Ms*.csv, here or up to two folders above")
     with path.open(newline="", encoding="utf-8-sig") as stream:
         rows = list(csv.DictReader(stream))
     missing = [column for column in _NEEDED if not rows or column not in rows[0]]
