@@ -70,7 +70,7 @@ def learn2reg(root: Path, task: str = "LungCT") -> Path:
         for time in (0, 1):
             name = f"{task}_{case:04d}_{time:04d}"
             image, labels = ellipses((3, 48, 48), (time, 0))
-            write_volume(root / "imagesTr" / f"{name}.nii.gz", image)
+            write_volume(root / "imagesTr" / f"{name}.nii.gz", 5 * image - 900)  # as in Hounsfield units
             write_volume(root / "masksTr" / f"{name}.nii.gz", (labels > 0).astype(np.uint8))
             write_text(root / "keypointsTr" / f"{name}.csv", f"10.5,{20 + time},1\n30,12.25,2\n")
             if case == 1:
