@@ -100,6 +100,9 @@ def test_mnms_keeps_the_good_hearts(tmp_path: Path) -> None:
     assert [p.split(":")[0] for p in found.problems[:2]] == ["A0S9V9_ED", "A0S9V9_ES"]
     assert "X9X9X9 is not in the table" in found.problems[-1]
     assert names(read("mnms", root / "Training" / "Labeled")) == names(found)
+    table = next(root.glob("*.csv"))
+    table.write_text(table.read_text().replace("B2D9M2,Siemens,A,6,0,2", "B2D9M2,Siemens,A,6,0,"))
+    assert "the table gives '' for ES, not a frame" in "\n".join(read("mnms", root).problems)
 
 
 def test_learn2reg(tmp_path: Path) -> None:

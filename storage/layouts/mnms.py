@@ -39,9 +39,13 @@ def _add_frame(found: Found, cine: Path, phase: str, row: dict[str, str]) -> Non
     labels = cine.with_name(f"{code}_sa_gt.nii.gz")
     try:
         frame = int(float(row[phase]))  # counted from 0
+    except ValueError:
+        found.problems.append(f"{subject}: the table gives {row[phase]!r} for {phase}, not a frame; left out")
+        return
+    try:
         image = write_frame(cine, frame, found.files / f"{subject}.mha")
         label = write_frame(labels, frame, found.files / f"{subject}_gt.mha") if labels.exists() else ""
-    except (ImageError, ValueError) as error:
+    except ImageError as error:
         found.problems.append(f"{subject}: {error}; left out")
         return
     known = {name: row.get(column) or "" for name, column in _KEPT.items()}

@@ -54,4 +54,6 @@ def read_layout(name: str, root: str | Path, files: Path, select: str = "") -> F
 def _expected(layout: Layout, root: Path) -> str:
     others = [other.name for other in LAYOUTS.values() if other is not layout and other.fits(root)]
     hint = f"\nThis folder looks like: {', '.join(others)}" if others else ""
+    if layout.select:
+        hint = f"\n--select chooses {layout.select}{hint}"
     return f"{layout.name} looks like this (give the top folder, or the part of it that you want):\n{layout.tree}{hint}"
