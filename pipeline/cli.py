@@ -139,7 +139,8 @@ def cohort_scan(
 ) -> None:
     """Write a cohort manifest for a folder, a BIDS dataset or a Learn2Reg dataset JSON."""
     with _errors_as_exit_codes(out):
-        from storage.cohort import scan, write_cohort
+        from storage.cohort import write_cohort
+        from storage.layouts.scan import scan
 
         found = scan(folder)
         write_cohort(found, out)
@@ -239,6 +240,7 @@ _mount(cli_export.export)
 _mount(cli_export.apply)
 _mount(cli_demo.demo)
 _mount(cli_cohort.rois, cohort_app)
+_mount(cli_cohort.from_layout, cohort_app, "from")
 _mount(cli_weights.list_weights, weights_app, "list")
 for _command in (cli_weights.fetch, cli_weights.identify, cli_weights.verify, cli_weights.probe):
     _mount(_command, weights_app)

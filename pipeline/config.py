@@ -1,6 +1,7 @@
 """The study configuration: one model that composes the settings written beside each algorithm.
 
-YAML key = attribute name. Order of precedence: defaults, `preset`, the file, `--set`. An unknown key is an error.
+YAML key = attribute name. Order of precedence: defaults, `preset`, what the file's `presets` sets for that preset, the
+rest of the file, `--set`. An unknown key is an error.
 """
 
 from __future__ import annotations
@@ -88,10 +89,22 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         ConfigError: for a file that is not a YAML mapping, an unknown key or a value out of range.
     """
     given = read_yaml(Path(path)) if path is not None else {}
+    own = _own_presets(given.pop("presets", {}))
     changes: dict[str, Any] = {}
     for override in overrides:
         _merge(changes, _expand_short(_nested(*parse_setting(override))))
-    return make_config(_layered(_expand_short(given), changes))
+    preset = changes.get("preset", given.get("preset"))
+    return make_config(_layered(_layered(own.get(preset, {}), _expand_short(given)), changes))
+
+
+def _own_presets(presets: Any) -> dict[Any, dict[str, Any]]:
+    """What a file sets with one preset only, by preset, each checked whether it is in use or not."""
+    if not isinstance(presets, Mapping) or not all(isinstance(settings, Mapping) for settings in presets.values()):
+        raise ConfigError(f"presets: expected settings by preset ({', '.join(PRESETS)}), got {presets!r}")
+    own = {name: _expand_short(settings) for name, settings in presets.items()}
+    for name, settings in own.items():
+        make_config(_layered({"preset": name}, settings))
+    return own
 
 
 def make_config(given: Mapping[str, Any]) -> StudyConfig:

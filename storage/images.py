@@ -26,6 +26,7 @@ __all__ = [
     "ImageError",
     "content_digest",
     "label_map",
+    "quiet_itk",
     "read_image",
     "read_labels",
     "read_on_grid",
@@ -178,7 +179,7 @@ def read_voxels(path: str | Path, frames: bool = False) -> tuple[npt.NDArray[Any
     Raises:
         ImageError: for a path that is missing, empty, truncated, not an image, 4D, or multi-channel but not RGB.
     """
-    with local_copy(path) as local, _quiet_itk():
+    with local_copy(path) as local, quiet_itk():
         if local.is_dir():
             image, dimension, physical = _read_series(local, path), 3, True
         else:
@@ -316,7 +317,7 @@ def _rounded(values: tuple[float, ...]) -> str:
 
 
 @contextmanager
-def _quiet_itk() -> Iterator[None]:
+def quiet_itk() -> Iterator[None]:
     """ITK warns about every inconsistent header and quotes it; the checks here say what matters."""
     before = sitk.ProcessObject.GetGlobalWarningDisplay()
     sitk.ProcessObject.SetGlobalWarningDisplay(False)

@@ -17,10 +17,10 @@ from storage.cohort import (
     Subject,
     read_cohort,
     read_pairs,
-    scan,
     subject_key,
     write_cohort,
 )
+from storage.layouts.scan import scan
 from storage.signature import SignatureMismatch, check_signature, digest
 
 NAMES = [

@@ -43,6 +43,34 @@ def test_precedence_is_defaults_preset_file_set(tmp_path: Path) -> None:
     assert load_config(path, ["match.epsilon=0.9"]).match.epsilon == 0.9
 
 
+def test_a_file_may_set_something_with_one_preset_only(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "preset: paper\nmatch: {epsilon: 0.5}\n"
+        "presets:\n  recommended: {rois: {max_area: 0.1}, match: {epsilon: 0.7, max_pairs: 9}}\n"
+        "  paper: {pairs: intra}\n"
+    )
+    assert (load_config(path).rois.max_area, load_config(path).pairs.mode) == (7000, "intra")
+    other = load_config(path, ["preset=recommended"])
+    assert (other.rois.max_area, other.match.epsilon, other.match.max_pairs, other.pairs.mode) == (0.1, 0.5, 9, "all")
+    assert load_config(path, ["preset=recommended", "rois.max_area=0.2"]).rois.max_area == 0.2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("presets: {papr: {}}", r"unknown preset 'papr'; did you mean 'paper'\?"),
+        ("presets: {paper: {roi: {}}}", r"unknown setting 'roi'; did you mean 'rois'\?"),
+        ("presets: paper", "presets: expected settings by preset .*got 'paper'"),
+        ("presets: {paper: fast}", "presets: expected settings by preset"),
+    ],
+)
+def test_settings_of_a_preset_not_in_use_are_checked_too(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load_config(tmp_path / "c.yaml")
+
+
 def test_a_short_pairs_word_keeps_its_other_settings() -> None:
     assert load_config(None, ["pairs=knn", "pairs.k=5"]).pairs.k == 5
     assert load_config(None, ["pairs=knn", "pairs.k=5"]).pairs.mode == "knn"

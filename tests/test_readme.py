@@ -18,6 +18,7 @@ import typer
 
 from pipeline import column_tables, phantom
 from pipeline.cli import app
+from tests import public_data
 from tests.phantoms import REPO, environment
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -44,6 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which every command and snippet of the README has been run, in order."""
     where = tmp_path_factory.mktemp("readme")
     phantom.make_cohort(where / "images", subjects=3, shape=(2, 48, 48))
+    public_data.acdc(where / "ACDC" / "training", patients=1)
     shutil.copytree(REPO / "configs", where / "configs")
     commands = where / "bin"
     commands.mkdir()
@@ -61,6 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_commands_and_snippets_run(folder: Path) -> None:
     assert (folder / "cohort.csv").read_text().count("\n") == 4
     assert (folder / "study" / "report" / "index.html").exists()
+    assert (folder / "study-acdc" / "transforms" / "patient001.h5").exists()
     assert len(list((folder / "study" / "transforms").glob("*.h5"))) >= 2
 
 
