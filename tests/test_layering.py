@@ -14,6 +14,7 @@ RAY_FILES = {"actors/pool.py", "pipeline/dispatch.py"}
 PURE = {
     "numpy",
     "scipy",
+    "SimpleITK",
     "torch",
     "math",
     "dataclasses",
