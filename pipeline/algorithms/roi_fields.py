@@ -18,6 +18,7 @@ Triple: TypeAlias = tuple[int, int, int]
 Spacing: TypeAlias = tuple[float, float, float]
 T = TypeVar("T")
 
+_SLICES = 16  # of a volume count when its points are limited
 _PER_FIT = 64  # points of a fit are a multiple of it: how a function rounds at the end of an array may differ
 
 
@@ -123,7 +124,7 @@ class RoiFields:
     def points(self, distance: float, stride: int, limit: int) -> Points:
         """Voxels within a distance, in h0, of their fixed boundary, on every `stride`-th row and column.
 
-        A ROI with more than about `limit` of them per slice is sampled more coarsely.
+        A ROI with more than about `limit` of them per slice, of `_SLICES` slices at most, is sampled more coarsely.
         """
         found = [self._near(k, distance, stride, limit) for k in range(len(self.fixed))]
         count = []
@@ -151,7 +152,7 @@ class RoiFields:
         """Position [P, 3] mm, signed distance mm and voxels stood for of the points of a ROI."""
         map_mm, reach = self.fixed[k], distance * self.unit_mm[k]
         near = np.abs(map_mm[:, ::stride, ::stride]) < reach
-        excess = near.sum() / (limit * len(map_mm))
+        excess = near.sum() / (limit * min(len(map_mm), _SLICES))
         if excess > 1:
             stride *= int(np.ceil(np.sqrt(excess)))
             near = np.abs(map_mm[:, ::stride, ::stride]) < reach
