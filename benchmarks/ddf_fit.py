@@ -1,7 +1,7 @@
 """Quality, time and memory of the displacement fit beside a dense Adam fit (`dense_adam.py`), single thread.
 
 Run: python benchmarks/ddf_fit.py [--data ../shared/data] [--only NAME ...] [--reference-iterations 10000]
-     [--reference-seconds 60] [--no-reference] [SETTING=VALUE ...]     (settings of `fit`, for example objective=eq10)
+     [--reference-seconds 60] [--no-reference] [--batch 64] [SETTING=VALUE ...]   (of `fit`, for example objective=eq10)
 Prints a Markdown table, one row per problem and method. Dice is hard: masks warped linearly, >= 0.5. Folds are voxels
 with det J <= 0, near the ROIs (within two voxels of one) and anywhere. Time is processor time; the reference's is
 extrapolated to all its iterations where the cap stopped it, and its quality is that at the cap. `equal Dice` is the
@@ -28,8 +28,8 @@ from dense_adam import DenseConfig, Field, Masks, fit_dense
 from scipy import ndimage
 from torch.nn.functional import grid_sample
 
-from pipeline.algorithms import metrics, warp
-from pipeline.algorithms.ddf import fit_ddf
+from pipeline.algorithms import metrics, roi_fields, warp
+from pipeline.algorithms.ddf import fit_ddf, fit_ddfs
 from pipeline.algorithms.fit_config import FitConfig
 from pipeline.algorithms.roi_fields import Roi, RoiPair
 from pipeline.config import load_config
@@ -208,6 +208,34 @@ def print_row(name: str, method: str, row: dict[str, Any], mine: dict[str, Any])
     print(f"| {name} | {method} |", " | ".join([*cells, f"{row['mib']:.0f}"]), "|", flush=True)
 
 
+def batched(count: int, config: FitConfig) -> str:
+    """Processor ms of each of `count` 2D pairs, one by one and in one call, and how often faster that is."""
+    pairs = [plane(96 + 4 * (seed % 8), 6, seed) for seed in range(count)]
+
+    def timed(size: int) -> float:
+        start = time.process_time()
+        for first in range(0, count, size):
+            fit_ddfs(pairs[first : first + size], config)
+        return 1e3 * (time.process_time() - start) / count
+
+    timed(count)
+    alone, together = timed(1), timed(count)
+    return f"{count} pairs of 96 to 124 pixels, K 6: {alone:.1f} ms, {together:.1f} ms, {alone / together:.1f}x"
+
+
+def plane(side: int, count: int, seed: int) -> roi_fields.Problem:
+    """The middle slice of a phantom's regions, which two dimensions fit alone."""
+    rng = np.random.default_rng(seed)
+    grid = np.indices((side, side)).astype(np.float32)
+    rois = []
+    while len(rois) < count:
+        center, radii, shift = rng.uniform(0.2, 0.8, 2) * side, rng.uniform(0.07, 0.14, 2) * side, rng.normal(0, 2, 2)
+        sides = [(((grid - c[:, None, None]) / radii[:, None, None]) ** 2).sum(0) < 1 for c in (center, center + shift)]
+        rois.append(RoiPair(*(crop(mask[None]) for mask in sides), 0.9))
+    unit = (1.0, 1.0, 1.0)
+    return roi_fields.Problem(rois, (1, side, side), unit, unit, np.eye(4))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
@@ -215,10 +243,14 @@ def main() -> None:
     parser.add_argument("--reference-iterations", type=int, default=DenseConfig.iterations)
     parser.add_argument("--reference-seconds", type=float, default=DenseConfig.seconds)
     parser.add_argument("--no-reference", action="store_true")
+    parser.add_argument("--batch", type=int, help="instead, so many 2D pairs one by one and in one call")
     parser.add_argument("settings", nargs="*", help="SETTING=VALUE of `fit`")
     options = parser.parse_args()
     torch.set_num_threads(1)
     config = load_config(None, [f"fit.{setting}" for setting in options.settings]).fit
+    if options.batch:
+        print(batched(options.batch, config))
+        return
     dense = DenseConfig(options.reference_iterations, options.reference_seconds)
     ours(phantom(32, 4), config)
     print("| problem | fit | mean Dice | min Dice | folds near | folds | error, vox | s | ratio | equal Dice | MiB |")

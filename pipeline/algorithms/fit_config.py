@@ -42,8 +42,8 @@ DEFAULT_LEVELS = (
     Level(4, 16.0, 4.0, 4, 4),
     Level(2, 8.0, 2.0, 4, 2),
     Level(2, 5.0, 1.2, 4, 2),
-    Level(2, 4.0, 1.5, 4, lumped=False, trust=_TRUST, smoothness=0.1, points_per_roi=250),
-    Level(2, 2.0, 0.8, 6, lumped=False, trust=_TRUST, smoothness=0.1, points_per_roi=250),
+    Level(2, 4.0, 1.5, 4, lumped=False, trust=_TRUST, smoothness=0.4, points_per_roi=250),
+    Level(2, 2.0, 0.8, 6, lumped=False, trust=_TRUST, smoothness=0.4, points_per_roi=250),
 )
 
 
