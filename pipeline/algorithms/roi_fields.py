@@ -165,6 +165,10 @@ class RoiFields:
         ends = np.cumsum(self.size)
         return [values[end - size : end] for end, size in zip(ends, self.size, strict=True)]
 
+    def by_fit(self, values: Tensor) -> list[Tensor]:
+        """A quantity of each ROI [K, ...] by fit."""
+        return list(torch.split(values, list(self.size)))
+
     def sum_per_roi(self, points: Points, values: Tensor) -> Tensor:
         """Sum a point quantity [P] over each ROI: [K]."""
         return torch.zeros_like(self.weight).index_add_(0, points.roi, values)

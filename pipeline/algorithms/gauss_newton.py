@@ -1,0 +1,186 @@
+"""The levels of a fit: clamped Gauss-Newton steps on cubic B-spline grids, see `pipeline.algorithms.ddf`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool1d, max_pool1d, pad
+
+from pipeline.algorithms.bspline import (
+    ControlGrid,
+    Lattices,
+    Shape,
+    compose,
+    control_counts,
+    jacobian,
+    node_counts,
+    resample,
+    solve,
+)
+from pipeline.algorithms.fit_config import FitConfig, Level
+from pipeline.algorithms.lattice import Lattice
+from pipeline.algorithms.regularity import SMALLEST_JACOBIAN, stays_above
+from pipeline.algorithms.roi_affine import affine_map
+from pipeline.algorithms.roi_fields import Points, Problem, RoiFields
+
+_ROUNDING = 1e-4  # of a determinant
+_REACHES = (1, 2, 3, 4, 6, 8, 12)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Nodes and control points of a level, rounded up so that fits of nearly the same size have the same."""
+
+    nodes: Shape
+    controls: Shape
+
+
+Plan: TypeAlias = tuple[tuple[Level, Room], ...]
+
+
+def plan_levels(problem: Problem, levels: Sequence[Level]) -> Plan:
+    """The levels for which a pair of the problem votes, and their room."""
+    surest = max(pair.confidence for pair in problem.pairs)
+    return tuple((level, _room(problem, level)) for level in levels if surest >= level.trust)
+
+
+def _room(problem: Problem, level: Level) -> Room:
+    counts, step_mm = node_counts(problem.shape, problem.spacing_mm, level.stride, problem.h0)
+    nodes = _rounded(counts)
+    gaps = [max(level.control * problem.h0, step) for step in step_mm]
+    return Room(nodes, _rounded(control_counts(nodes, [s / g for s, g in zip(step_mm, gaps, strict=True)])))
+
+
+def _rounded(counts: Shape) -> Shape:
+    z, y, x = (n if n == 1 else n + -n % (8 if n > 32 else 4 if n > 8 else 2) for n in counts)
+    return z, y, x
+
+
+def fit_levels(
+    rois: RoiFields, problems: Sequence[Problem], matrix: Tensor, u: Lattices, plan: Plan, config: FitConfig
+) -> Lattices:
+    """The fields of all levels, on the lattices of the last one."""
+    for level, room in plan:
+        steps = [node_counts(p.shape, p.spacing_mm, level.stride, p.h0)[1] for p in problems]
+        u = resample(u, Lattices.zero(room.nodes, steps, u.values.device))
+        limit = level.points_per_roi or config.points_per_roi
+        points = rois.points(level.band or 3 * level.tau + 1, level.points, limit)
+        weights = (rois.confidence >= level.trust) * _reweighted(rois, points, matrix, u, level.tau, config.robust)
+        u = _fit_level(rois, points, weights, matrix, u, level, room.controls, config)
+    return u
+
+
+def _transform(matrix: Tensor, u: Lattices, points: Points) -> Tensor:
+    """T(x) = A x + u(x) at the points: [P, 3] mm."""
+    return affine_map(matrix, points) + u.at(points.fit, points.x)
+
+
+def soft_dice(rois: RoiFields, points: Points, matrix: Tensor, u: Lattices, tau: float) -> Tensor:
+    """Soft Dice of each ROI pair under the current maps, near the boundary: [K], 0..1; tau in h0."""
+    softness = tau * rois.h0[points.fit]
+    _, _, moved = rois.residual(points, _transform(matrix, u, points), softness)
+    fixed = torch.sigmoid(points.fixed / softness)
+    products = (moved * fixed, moved * moved, fixed * fixed)
+    both, a, b = (rois.sum_per_roi(points, points.share * values) for values in products)
+    return 2 * both / (a + b).clamp_min(1e-9)
+
+
+def _reweighted(rois: RoiFields, points: Points, matrix: Tensor, u: Lattices, tau: float, power: float) -> Tensor:
+    """ROI weights lowered where a pair stays apart compared with the better part of the pairs of its fit."""
+    if not power:
+        return rois.weight
+    overlap = soft_dice(rois, points, matrix, u, tau)
+    typical = torch.stack([part.quantile(0.75) for part in rois.by_fit(overlap)]).clamp_min(1e-3)
+    return rois.weight * torch.clamp(overlap / typical[rois.fit], max=1.0) ** power
+
+
+def _fit_level(
+    rois: RoiFields,
+    points: Points,
+    weights: Tensor,
+    matrix: Tensor,
+    u: Lattices,
+    level: Level,
+    controls: Shape,
+    config: FitConfig,
+) -> Lattices:
+    """Gauss-Newton steps of one level; returns the refined fields on the same lattices."""
+    grid = ControlGrid.over(u, level.control * rois.h0, controls)
+    tau = level.tau * rois.h0[points.fit]
+    cell = u.nearest(points.fit, points.x)
+    weight = weights[points.roi] * points.share
+    limit = config.step * grid.spacing_mm[:, :, None, None, None]
+    linear = matrix[points.fit, :3, :3]
+    across = linear[:, 0]
+    rows, cols = torch.triu_indices(3, 3)
+    moving = torch.ones(len(u.values), dtype=torch.bool, device=matrix.device)
+    for _ in range(level.iterations):
+        y = _transform(matrix, u, points)
+        residual, gradient, _ = rois.residual(points, y, tau)
+        slope = (gradient[:, None] @ linear)[:, 0]
+        offset, anchor = rois.slice_anchor(points, y, config.slice_weight * weight)
+        gain = slope * (residual * weight)[:, None] + across * (offset * anchor)[:, None]
+        curvature = slope[:, rows] * slope[:, cols] * weight[:, None]
+        curvature = curvature + anchor[:, None] * (across[:, rows] * across[:, cols])
+        dense = grid.scatter(cell, torch.cat([gain, curvature], 1))
+        d = solve(grid, dense[:, :3], dense[:, 3:], level.smoothness * config.smoothness * rois.h0**2, level.lumped)
+        delta = grid.expand(torch.maximum(torch.minimum(d, limit), -limit))
+        u = _guarded_step(u, delta, matrix, moving, config.diffeomorphic)
+        moving = moving & (delta.abs().flatten(1).amax(1) >= config.settled * rois.h0)
+        if not bool(moving.any()):
+            break
+    return u
+
+
+def _guarded_step(u: Lattices, delta: Tensor, matrix: Tensor, moving: Tensor, everywhere: bool) -> Lattices:
+    """Compose the fits `moving` [B] with delta, damped around the nodes where a field would stop being one-to-one.
+
+    With `everywhere` no position of any cell may fold, either.
+    """
+    values = u.values
+    left = torch.nonzero(moving)[:, 0]
+    allowed = (jacobian(u, matrix) - _ROUNDING).clamp(max=SMALLEST_JACOBIAN)
+    for reach in _REACHES:
+        moved = compose(Lattices(u.values[left], u.step_mm[left]), delta[left], matrix[left])
+        bad = jacobian(moved, matrix[left]) < allowed[left]
+        damped = bad.flatten(1).any(1)
+        good = ~damped
+        if everywhere:
+            good &= _none_folds(moved, matrix[left])
+        values = values.index_copy(0, left[good], moved.values[good])
+        left, bad, damped = left[~good], bad[~good], damped[~good]
+        if not len(left):
+            break
+        share = torch.where(damped[:, None, None, None], 1 - _softened(bad, reach), 0.5)
+        delta = delta.index_copy(0, left, delta[left] * share[:, None])
+    return Lattices(values, u.step_mm)
+
+
+def _softened(bad: Tensor, reach: int) -> Tensor:
+    """One within `reach` nodes of a marked node, falling to zero over as many more: [B, nz, ny, nx]."""
+    near = bad.float()
+    for axis, n in enumerate(bad.shape[1:]):
+        if n > 1:
+            near = _along(near, axis, lambda rows: max_pool1d(rows, 4 * reach + 1, 1, 2 * reach))
+            near = _along(
+                near, axis, lambda rows: avg_pool1d(pad(rows, (reach, reach), mode="replicate"), 2 * reach + 1, 1)
+            )
+    return near
+
+
+def _along(values: Tensor, axis: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a function of rows [N, 1, n] along an axis, 0 to 2, of [B, nz, ny, nx]."""
+    moved = values.movedim(axis + 1, -1)
+    rows = function(moved.reshape(-1, 1, moved.shape[-1]))
+    return rows.reshape(moved.shape).movedim(-1, axis + 1)
+
+
+def _none_folds(u: Lattices, matrix: Tensor) -> Tensor:
+    """Whether the field of each fit keeps its cells from folding anywhere: bool [B]."""
+    fields = (Lattice(*each) for each in zip(u.values, u.step_mm, strict=True))
+    kept = [stays_above(field, affine, SMALLEST_JACOBIAN) for field, affine in zip(fields, matrix, strict=True)]
+    return torch.tensor(kept, device=matrix.device)
