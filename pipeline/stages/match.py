@@ -29,7 +29,7 @@ from storage.embeddings import EmbeddingStore
 from storage.geometry import moving_to_fixed
 
 Columns = Mapping[str, npt.NDArray[Any]]
-HOLD_BYTES = 8 << 20
+HOLD_BYTES = 2 << 20
 _NAMES = {"pair": "pair", "moving": "moving", "fixed": "fixed", "key": "match_key"}
 
 
