@@ -23,6 +23,7 @@ from pipeline.algorithms.inverse_points import invert_points
 from pipeline.dispatch import Failure, attempt
 from pipeline.errors import StudyError, UsageError
 from pipeline.pair_files import StudyPairs, bids_labels, read_study_pairs
+from pipeline.results import rows_of
 from pipeline.stages.matched_rois import roi_pairs
 from storage import tables, warping
 from storage.cohort import Pair
@@ -221,12 +222,8 @@ def _moving_rois(known: StudyPairs, pair: Pair) -> list[Roi]:
         UsageError: when no ROIs were matched.
     """
     root, store = known.folder.root, known.folder.store
-    rows = [
-        row
-        for part in tables.part_names(root, "correspondences")
-        for row in tables.read_part(root, "correspondences", part).to_pylist()
-        if row["pair"] == pair.pair
-    ]
+    parts = tables.part_names(root, "correspondences")
+    rows = [row for part in parts for row in rows_of(root, "correspondences", part, [pair.pair])[pair.pair]]
     if not rows:
         raise UsageError(f"pair {pair.pair} has no matched ROIs")
     ordered = sorted(rows, key=lambda row: row["rank"])

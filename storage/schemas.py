@@ -226,7 +226,7 @@ METRICS = _schema(
             "inverse_damped (drawn back so as not to fold)",
         ),
         ("seconds_match", _MEASURE, "s", "wall time of matching"),
-        ("seconds_fit", _MEASURE, "s", "wall time of the fit"),
+        ("seconds_fit", _MEASURE, "s", "wall time of the fit, of those fitted at once a share"),
         ("seconds_refine", _MEASURE, "s", "wall time of the intensity refinement; empty when that is off"),
         (
             "seconds_inverse",

@@ -27,12 +27,7 @@ from torch import Tensor
 
 from pipeline.algorithms import roi_fields
 from pipeline.algorithms.affine import Affine
-from pipeline.algorithms.bspline import (
-    Lattices,
-    Shape,
-    Spacing,
-    node_counts,
-)
+from pipeline.algorithms.bspline import Lattices, Shape, Spacing, node_counts
 from pipeline.algorithms.eq10 import polish
 from pipeline.algorithms.fit_box import Box, cropped, uncropped
 from pipeline.algorithms.fit_config import FitConfig, Level
@@ -42,7 +37,8 @@ from pipeline.algorithms.regularity import SMALLEST_JACOBIAN, orientation_preser
 from pipeline.algorithms.roi_affine import fit_affines, simpler_map
 from pipeline.algorithms.roi_fields import Problem, RoiPair
 
-_LOSS, _APART = 0.01, 0.05
+_LOSS = 0.01  # of mean soft Dice, that local displacements may cost
+_APART = 0.05  # soft Dice below which a pair does not meet
 _NODES_AT_ONCE = 1 << 18  # of a batch: more no longer fit the cache of a processor
 
 
@@ -135,8 +131,9 @@ def _fit(boxes: Sequence[Box], plan: Plan, config: FitConfig, device: str) -> It
     """Fit problems of the same plan."""
     problems = [box.problem for box in boxes]
     rois = roi_fields.build(problems, device, config.confidence_power)
-    simpler = [simpler_map(part, p.h0) for part, p in zip(rois.by_fit(rois.fixed_centroid), problems, strict=True)]
-    centers = [part.mean(0).cpu().numpy() for part in rois.by_fit(rois.fixed_centroid)]
+    centroids = rois.by_fit(rois.fixed_centroid)
+    simpler = [simpler_map(part, problem.h0) for part, problem in zip(centroids, problems, strict=True)]
+    centers = [part.mean(0).cpu().numpy() for part in centroids]
     fitted = fit_affines(rois, config, [problem.shape[0] == 1 for problem in problems], simpler)
     affines, drawn_back = zip(*map(orientation_preserving, fitted, centers), strict=True)
     matrix = torch.as_tensor(np.stack(affines), dtype=torch.float32, device=device)
@@ -144,12 +141,11 @@ def _fit(boxes: Sequence[Box], plan: Plan, config: FitConfig, device: str) -> It
     u = fit_levels(rois, problems, matrix, still, plan, config)
     points = rois.points(4, 1, config.points_per_roi)
     overlaps = (rois.by_fit(soft_dice(rois, points, matrix, field, 1.0)) for field in (still, u))
-    for k, (before, overlap) in enumerate(zip(*overlaps, strict=True)):
+    for k, (weight, before, overlap) in enumerate(zip(rois.by_fit(rois.weight), *overlaps, strict=True)):
         problem, affine, damped, fallback = problems[k], affines[k], drawn_back[k], simpler[k]
         field = _within(u, k, problem, plan[-1][0] if plan else None)
         if config.objective == "eq10":
             field, overlap = _polished(problem, matrix[k : k + 1], field, config)
-        weight = rois.by_fit(rois.weight)[k]
         gain = (weight * (overlap - before)).sum() / weight.sum()
         if fallback == "none" and (float(gain) < -_LOSS or float(overlap.max()) < _APART):
             field, overlap, fallback = replace(field, values=torch.zeros_like(field.values)), before, "affine"

@@ -16,8 +16,6 @@ class Level:
         tau: softness of the masks.
         iterations: Gauss-Newton steps at most.
         points: row and column step of the points that vote.
-        band: how far from the fixed boundary points vote; 0 is 3 tau + 1. Soft masks in a narrow band match distances,
-            which reaches further than hard masks do.
         lumped: short, smooth steps that errors in the outlines hardly disturb; off, full steps that converge sooner.
         trust: smallest confidence of the pairs that vote. A level for which no pair votes is left out.
         smoothness: of the level, in units of that of the fit.
@@ -29,14 +27,13 @@ class Level:
     tau: float
     iterations: int
     points: int = 1
-    band: float = 0.0
     lumped: bool = True
     trust: float = 0.0
     smoothness: float = 1.0
     points_per_roi: int = 0
 
 
-_TRUST = 0.99  # above any confidence of pairs found by similarity
+_TRUST = 0.99  # `match.spatial` never gives more than .93
 DEFAULT_LEVELS = (
     Level(8, 32.0, 8.0, 4, 4, trust=_TRUST),
     Level(4, 16.0, 4.0, 4, 4),

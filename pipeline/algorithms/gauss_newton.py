@@ -63,12 +63,21 @@ def _rounded(counts: Shape) -> Shape:
 def fit_levels(
     rois: RoiFields, problems: Sequence[Problem], matrix: Tensor, u: Lattices, plan: Plan, config: FitConfig
 ) -> Lattices:
-    """The fields of all levels, on the lattices of the last one."""
+    """The fields of all levels, on the lattices of the last one.
+
+    Args:
+        rois: of the problems.
+        problems: B that have the same plan.
+        matrix: [B, 4, 4] affines.
+        u: where the fields start.
+        plan: see `plan_levels`.
+        config: settings.
+    """
     for level, room in plan:
         steps = [node_counts(p.shape, p.spacing_mm, level.stride, p.h0)[1] for p in problems]
         u = resample(u, Lattices.zero(room.nodes, steps, u.values.device))
         limit = level.points_per_roi or config.points_per_roi
-        points = rois.points(level.band or 3 * level.tau + 1, level.points, limit)
+        points = rois.points(3 * level.tau + 1, level.points, limit)
         weights = (rois.confidence >= level.trust) * _reweighted(rois, points, matrix, u, level.tau, config.robust)
         u = _fit_level(rois, points, weights, matrix, u, level, room.controls, config)
     return u

@@ -25,12 +25,23 @@ def simpler_map(centroids: Tensor, h0: float) -> str:
 
 
 def affine_map(matrix: Tensor, points: Points) -> Tensor:
+    """A x at the points, with the affine [B, 4, 4] of their fit: [P, 3] mm."""
     m = matrix[points.fit]
     return (m[:, :3, :3] @ points.x[:, :, None])[:, :, 0] + m[:, :3, 3]
 
 
 def fit_affines(rois: RoiFields, config: FitConfig, flat: Sequence[bool], simpler: Sequence[str]) -> list[Affine]:
-    """Robust affines of the centroids, refined on the soft masks by damped Gauss-Newton steps."""
+    """Robust affines of the centroids, refined on the soft masks by damped Gauss-Newton steps.
+
+    Args:
+        rois: of B fits.
+        config: settings.
+        flat: [B], whether the fixed image is a single slice, where nothing moves along z.
+        simpler: [B], see `simpler_map`.
+
+    Returns:
+        B affines 4x4, fixed-local to fixed-frame moving position, mm.
+    """
     ends = np.cumsum(rois.size)[:-1]
     columns = (t.cpu().numpy().astype(np.float64) for t in (rois.fixed_centroid, rois.moving_centroid, rois.weight))
     fixed, moving, weight = (np.split(values, ends) for values in columns)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Field = npt.NDArray[np.float32]
 Fields = dict[str, Field]  # by the ending of their columns
+Places = dict[str, warp.Array]  # where the fields carry each fixed voxel, moving voxels; by the same endings
 WORSE_THAN_AFFINE = 0.05
 
 
@@ -59,18 +60,19 @@ def evaluate(
         ValueError: for landmark files of different length.
     """
     fields = {"": fit.ddf} if refined is None else {"": fit.ddf, "_refined": refined}
+    places = {ending: _moving_indices(ddf, fixed.geometry, moving.geometry) for ending, ddf in fields.items()}
     shared = {
-        **_field_columns(fields, fixed.geometry, moving.geometry, rois),
+        **_field_columns(fields, places, fixed.geometry, rois),
         **_landmark_columns(fixed, moving, fit, fields),
     }
     if fixed.labels is None or moving.labels is None:
         return [{"label": 0, **shared}]
-    rows = _label_rows(fixed, moving, fit, fields)
+    rows = _label_rows(fixed, moving, fit, places)
     mean = _mean_row([row for row in rows if row.pop("in_both")])
     return [{**row, **shared} for row in [mean, *rows]]
 
 
-def _label_rows(fixed: Reference, moving: Reference, fit: FitResult, fields: Fields) -> list[Row]:
+def _label_rows(fixed: Reference, moving: Reference, fit: FitResult, places: Places) -> list[Row]:
     assert fixed.labels is not None
     assert moving.labels is not None
     values = sorted((set(np.unique(fixed.labels)) | set(np.unique(moving.labels))) - {0})
@@ -78,8 +80,8 @@ def _label_rows(fixed: Reference, moving: Reference, fit: FitResult, fields: Fie
         {"label": int(v), "in_both": bool((fixed.labels == v).any() and (moving.labels == v).any())} for v in values
     ]
     spacing = fixed.geometry.spacing_mm
-    for ending in ("_before", "_centered", "_affine", *fields):
-        moved = _moved_labels(fixed, moving, fit, fields.get(ending), ending)
+    for ending in ("_before", "_centered", "_affine", *places):
+        moved = _moved_labels(fixed, moving, fit, places.get(ending), ending)
         for row in rows:
             here, there = fixed.labels == row["label"], moved == row["label"]
             row[f"dice{ending}"] = metrics.dice(here, there)
@@ -92,26 +94,25 @@ def _label_rows(fixed: Reference, moving: Reference, fit: FitResult, fields: Fie
                 continue
             if fixed.geometry.has_spacing:
                 row[f"hd95_mm{ending}"] = metrics.hd95(here, there, spacing)
-            if ending in fields:
+            if ending in places:
                 row[f"hd95_vox{ending}"] = metrics.hd95(here, there, (1.0, 1.0, 1.0))
     return rows
 
 
 def _moved_labels(
-    fixed: Reference, moving: Reference, fit: FitResult, ddf: Field | None, ending: str
+    fixed: Reference, moving: Reference, fit: FitResult, indices: warp.Array | None, ending: str
 ) -> npt.NDArray[np.int32]:
     """Moving labels on the fixed grid under a field, or under the affine map of that ending."""
     assert moving.labels is not None
-    shape, spacing = fixed.geometry.shape, fixed.geometry.spacing_mm
-    if ddf is None:
-        affine = {
-            "_before": np.eye(4),
-            "_centered": center_alignment(fixed.geometry, moving.geometry),
-            "_affine": fit.affine,
-        }
-        ddf = warp.affine_ddf(affine[ending], shape, spacing)
-    between = moving_to_fixed(fixed.geometry, moving.geometry)
-    return warp.warp_labels(moving.labels, warp.moving_indices(ddf, spacing, between, moving.geometry.spacing_mm))
+    here, there = fixed.geometry, moving.geometry
+    if indices is None:
+        affine = {"_before": np.eye(4), "_centered": center_alignment(here, there), "_affine": fit.affine}
+        indices = _moving_indices(warp.affine_ddf(affine[ending], here.shape, here.spacing_mm), here, there)
+    return warp.warp_labels(moving.labels, indices)
+
+
+def _moving_indices(ddf: Field, fixed: Geometry, moving: Geometry) -> warp.Array:
+    return warp.moving_indices(ddf, fixed.spacing_mm, moving_to_fixed(fixed, moving), moving.spacing_mm)
 
 
 def _mean_row(rows: list[Row]) -> Row:
@@ -148,16 +149,15 @@ def _mean_distance(differences: npt.NDArray[np.float64]) -> float:
     return float(np.linalg.norm(differences, axis=1).mean())
 
 
-def _field_columns(fields: Fields, fixed: Geometry, moving: Geometry, rois: Sequence[RoiPair]) -> Row:
+def _field_columns(fields: Fields, places: Places, fixed: Geometry, rois: Sequence[RoiPair]) -> Row:
     """Regularity of the fields, and what they make of the ROIs that they were fitted to."""
     columns: Row = {}
     near = near_rois([pair.fixed for pair in rois], fixed.shape, fixed.spacing_mm)
-    between = moving_to_fixed(fixed, moving)
     for ending, ddf in fields.items():
         found = metrics.jacobian_stats(ddf, fixed.spacing_mm, near)
         columns |= {f"sdlogj{ending}": found.sdlogj, f"fold_fraction{ending}": found.fold_fraction}
         if rois:
-            dice = roi_dice(rois, warp.moving_indices(ddf, fixed.spacing_mm, between, moving.spacing_mm))
+            dice = roi_dice(rois, places[ending])
             columns |= {
                 f"fold_fraction_rois{ending}": found.fold_fraction_near,
                 f"roi_dice{ending}": float(dice.mean()),
