@@ -10,8 +10,9 @@ from scipy.ndimage import map_coordinates
 
 from pipeline.algorithms import metrics, warp
 from pipeline.algorithms.ddf import FitConfig, FitResult, fit_ddf, fit_ddfs
+from pipeline.algorithms.distance_map import signed_distance
 from pipeline.algorithms.fit_config import DEFAULT_LEVELS
-from pipeline.algorithms.roi_fields import Problem, Roi, RoiPair, signed_distance
+from pipeline.algorithms.roi_fields import Problem, Roi, RoiPair
 
 SHAPE = (8, 72, 80)
 SPACING = (6.0, 1.5, 1.5)

@@ -16,6 +16,8 @@ PURE = {
     "scipy",
     "SimpleITK",
     "torch",
+    "numba",
+    "sys",
     "math",
     "dataclasses",
     "typing",

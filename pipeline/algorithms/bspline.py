@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
+from pipeline.algorithms import fit_loops, fit_solver
+from pipeline.algorithms.compiled import runs_compiled
+
 Shape = tuple[int, int, int]
 Spacing = tuple[float, float, float]
 
@@ -83,6 +86,8 @@ class Lattices:
 
 def jacobian(u: Lattices, matrix: Tensor) -> Tensor:
     """Determinant of the derivative of A x + u(x) at the nodes (forward differences): [B, nz, ny, nx]."""
+    if runs_compiled(u.values):
+        return torch.from_numpy(fit_loops.determinants(u.values.numpy(), matrix.numpy(), u.step_mm.numpy()))
     columns = []
     for axis in range(3):
         if u.values.shape[axis + 2] == 1:
@@ -115,6 +120,9 @@ def _linear_matrices(rows: int, row_step: Tensor, cols: int, col_step: Tensor) -
 
 def compose(u: Lattices, delta: Tensor, matrix: Tensor) -> Lattices:
     """T after x + delta(x), for T(x) = A x + u(x): u(x + delta) + A delta, with delta [B, 3, nz, ny, nx] mm."""
+    if runs_compiled(u.values):
+        arrays = (t.numpy() for t in (u.values, delta, matrix, u.step_mm))
+        return replace(u, values=torch.from_numpy(fit_loops.compose(*arrays)))
     moved = _sample(u.values, delta / u.step_mm[:, :, None, None, None])
     return replace(u, values=moved + (matrix[:, :3, :3] @ delta.flatten(2)).reshape(delta.shape))
 
@@ -157,12 +165,14 @@ class ControlGrid:
         spacing_mm: [B, 3] control spacing (z, y, x).
         modes: per axis, the orthonormal DCT-II [n, n].
         eigenvalues: [B, nz, ny, nx] of the Laplacian, axes weighted by inverse squared spacing.
+        ratio: [B, 3] lattice step over control spacing.
     """
 
     basis: tuple[Tensor, ...]
     spacing_mm: Tensor
     modes: tuple[Tensor, ...]
     eigenvalues: Tensor
+    ratio: Tensor
 
     @staticmethod
     def over(u: Lattices, control_mm: Tensor, counts: Shape) -> ControlGrid:
@@ -171,15 +181,16 @@ class ControlGrid:
         Of `counts` control points along each axis, at least as many as `control_counts`.
         """
         spacing = torch.maximum(control_mm[:, None], u.step_mm)
+        ratio = u.step_mm / spacing
         basis = tuple(
-            _bspline_matrices(n, m, (u.step_mm / spacing)[:, axis])
+            _bspline_matrices(n, m, ratio[:, axis])
             for axis, (n, m) in enumerate(zip(u.values.shape[2:], counts, strict=True))
         )
         scale = (spacing.amin(1, keepdim=True) / spacing) ** 2
         modes = [_dct(m, spacing.device) for m in counts]
         (ez, ey, ex) = (value * scale[:, axis, None] for axis, (_, value) in enumerate(modes))
         total = ez[:, :, None, None] + ey[:, None, :, None] + ex[:, None, None]
-        return ControlGrid(basis, spacing, tuple(matrix[None] for matrix, _ in modes), total)
+        return ControlGrid(basis, spacing, tuple(matrix[None] for matrix, _ in modes), total, ratio)
 
     def expand(self, d: Tensor) -> Tensor:
         """Coefficients [B, c, ...control] to lattice values [B, c, ...lattice]."""
@@ -224,7 +235,7 @@ def control_counts(nodes: Shape, ratio: Sequence[float]) -> Shape:
 
 
 def solve(
-    grid: ControlGrid, gradient: Tensor, curvature: Tensor, smooth: Tensor, lumped: bool, iterations: int = 6
+    grid: ControlGrid, gradient: Tensor, curvature: Tensor, smooth: Tensor, lumped: bool, iterations: int = 4
 ) -> Tensor:
     """Preconditioned conjugate gradients for (H + smooth L) d = -B' g.
 
@@ -240,7 +251,7 @@ def solve(
         [B, 3, ...control] coefficients.
     """
     if not lumped:
-        return _solve_exact(grid, grid.collect(gradient), curvature, smooth, iterations)
+        return _solve_exact(grid, gradient, curvature, smooth, iterations)
     collected = grid.collect(torch.cat([gradient, curvature], 1))
     return _solve_lumped(grid, collected[:, :3], collected[:, 3:], smooth, iterations)
 
@@ -262,6 +273,10 @@ def _solve_lumped(grid: ControlGrid, gradient: Tensor, blocks: Tensor, smooth: T
 
 
 def _solve_exact(grid: ControlGrid, gradient: Tensor, curvature: Tensor, smooth: Tensor, iterations: int) -> Tensor:
+    if runs_compiled(gradient):
+        arrays = (t.numpy() for t in (gradient, curvature, grid.ratio, grid.spacing_mm, smooth))
+        return torch.from_numpy(fit_solver.solve(*arrays, tuple(grid.eigenvalues.shape[1:]), iterations))
+    gradient = grid.collect(gradient)
     trace = grid.collect(curvature[:, [0, 3, 5]])
     floor = _floor(trace)
     inverse = 1 / (trace + _per_fit(6 * smooth + floor))

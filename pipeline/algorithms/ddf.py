@@ -31,11 +31,11 @@ from pipeline.algorithms.bspline import Lattices, Shape, Spacing, node_counts
 from pipeline.algorithms.eq10 import polish
 from pipeline.algorithms.fit_box import Box, cropped, uncropped
 from pipeline.algorithms.fit_config import FitConfig, Level
-from pipeline.algorithms.gauss_newton import Plan, fit_levels, plan_levels, soft_dice
+from pipeline.algorithms.gauss_newton import Fitted, Plan, fit_levels, plan_levels, soft_dice, still
 from pipeline.algorithms.lattice import Lattice
 from pipeline.algorithms.regularity import SMALLEST_JACOBIAN, orientation_preserving, unfolded
 from pipeline.algorithms.roi_affine import fit_affines, simpler_map
-from pipeline.algorithms.roi_fields import Problem, RoiPair
+from pipeline.algorithms.roi_fields import Problem, RoiFields, RoiPair
 
 _LOSS = 0.01  # of mean soft Dice, that local displacements may cost
 _APART = 0.05  # soft Dice below which a pair does not meet
@@ -137,13 +137,32 @@ def _fit(boxes: Sequence[Box], plan: Plan, config: FitConfig, device: str) -> It
     fitted = fit_affines(rois, config, [problem.shape[0] == 1 for problem in problems], simpler)
     affines, drawn_back = zip(*map(orientation_preserving, fitted, centers), strict=True)
     matrix = torch.as_tensor(np.stack(affines), dtype=torch.float32, device=device)
-    still = Lattices.zero((1, 1, 1), [problem.spacing_mm for problem in problems], device)
-    u = fit_levels(rois, problems, matrix, still, plan, config)
+    results: dict[int, FitResult] = {}
+    for group in fit_levels(rois, problems, matrix, plan, config):
+        chosen = group.members
+        starts = [(boxes[k], simpler[k], affines[k], drawn_back[k]) for k in chosen]
+        results.update(zip(chosen, _finished(rois.only(chosen), matrix[chosen], group, starts, config), strict=True))
+    return (results[k] for k in range(len(boxes)))
+
+
+def _finished(
+    rois: RoiFields,
+    matrix: Tensor,
+    group: Fitted,
+    starts: Sequence[tuple[Box, str, Affine, bool]],
+    config: FitConfig,
+) -> Iterator[FitResult]:
+    """What becomes of the fields of fits that ended at the same level.
+
+    `starts` has the box of each, what its affine part fell back to, that part, and whether it had to be drawn back.
+    """
     points = rois.points(4, 1, config.points_per_roi)
-    overlaps = (rois.by_fit(soft_dice(rois, points, matrix, field, 1.0)) for field in (still, u))
+    fields = (still([box.problem for box, *_ in starts], matrix.device), group.field)
+    overlaps = (rois.by_fit(soft_dice(rois, points, matrix, field, 1.0)) for field in fields)
     for k, (weight, before, overlap) in enumerate(zip(rois.by_fit(rois.weight), *overlaps, strict=True)):
-        problem, affine, damped, fallback = problems[k], affines[k], drawn_back[k], simpler[k]
-        field = _within(u, k, problem, plan[-1][0] if plan else None)
+        box, fallback, affine, damped = starts[k]
+        problem = box.problem
+        field = _within(group.field, k, problem, group.level)
         if config.objective == "eq10":
             field, overlap = _polished(problem, matrix[k : k + 1], field, config)
         gain = (weight * (overlap - before)).sum() / weight.sum()
@@ -152,10 +171,10 @@ def _fit(boxes: Sequence[Box], plan: Plan, config: FitConfig, device: str) -> It
         if config.diffeomorphic:
             field, changed = unfolded(field, affine, SMALLEST_JACOBIAN)
             damped |= changed
-        field, affine = uncropped(field, affine, boxes[k])
+        field, affine = uncropped(field, affine, box)
         z, y, x = field.step_mm.tolist()
         nodes, dice = field.values.cpu().numpy(), overlap.cpu().numpy()
-        yield FitResult(_dense(field, affine, boxes[k].whole), affine, nodes, (z, y, x), fallback, dice, damped)
+        yield FitResult(_dense(field, affine, box.whole), affine, nodes, (z, y, x), fallback, dice, damped)
 
 
 def _polished(problem: Problem, matrix: Tensor, u: Lattice, config: FitConfig) -> tuple[Lattice, Tensor]:

@@ -18,6 +18,7 @@ class Level:
         points: row and column step of the points that vote.
         lumped: short, smooth steps that errors in the outlines hardly disturb; off, full steps that converge sooner.
         trust: smallest confidence of the pairs that vote. A level for which no pair votes is left out.
+        below: the level is for fits of which a voting ROI has a Dice below this; the others end before it.
         smoothness: of the level, in units of that of the fit.
         points_per_roi: of the level; 0 is that of the fit.
     """
@@ -29,6 +30,7 @@ class Level:
     points: int = 1
     lumped: bool = True
     trust: float = 0.0
+    below: float = 1.0
     smoothness: float = 1.0
     points_per_roi: int = 0
 
@@ -39,8 +41,9 @@ DEFAULT_LEVELS = (
     Level(4, 16.0, 4.0, 4, 4),
     Level(2, 8.0, 2.0, 4, 2),
     Level(2, 5.0, 1.2, 4, 2),
-    Level(2, 4.0, 1.5, 4, lumped=False, trust=_TRUST, smoothness=0.4, points_per_roi=250),
-    Level(2, 2.0, 0.8, 6, lumped=False, trust=_TRUST, smoothness=0.4, points_per_roi=250),
+    Level(2, 4.0, 1.5, 4, lumped=False, trust=_TRUST, below=0.95, smoothness=0.4, points_per_roi=250),
+    Level(2, 2.0, 0.8, 6, lumped=False, trust=_TRUST, below=0.95, smoothness=0.4, points_per_roi=250),
+    Level(1, 1.0, 0.5, 14, lumped=False, trust=_TRUST, below=0.9, smoothness=0.1, points_per_roi=1000),
 )
 
 
@@ -113,8 +116,8 @@ class FitConfig:
         confidence_power: a pair weighs its confidence to this power.
         points_per_roi: about how many voxels of a ROI vote, for each of its slices.
         settled: a level stops early when the largest change is below this part of h0.
-        levels: coarse to fine. The first and the last two of the default ones are for pairs whose
-            outlines are certain (labels).
+        levels: coarse to fine. The first and the last three of the default ones are for pairs whose outlines
+            are certain (labels), and the last three only for fits of which such a pair does not meet yet.
         diffeomorphic: det J > 0 everywhere in the written field, checked, and its inverse written beside it.
         eq10: settings of that objective.
         refine: refinement on the intensities afterwards, off by default.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
+from pipeline.algorithms import fit_loops
 from pipeline.algorithms.bspline import (
     ControlGrid,
     Lattices,
@@ -21,6 +22,7 @@ from pipeline.algorithms.bspline import (
     resample,
     solve,
 )
+from pipeline.algorithms.compiled import runs_compiled
 from pipeline.algorithms.fit_config import FitConfig, Level
 from pipeline.algorithms.lattice import Lattice
 from pipeline.algorithms.regularity import SMALLEST_JACOBIAN, stays_above
@@ -28,6 +30,8 @@ from pipeline.algorithms.roi_affine import affine_map
 from pipeline.algorithms.roi_fields import Points, Problem, RoiFields
 
 _ROUNDING = 1e-4  # of a determinant
+_BAND = 12.0  # h0 around the fixed boundary where masks are compared: as far as their maps go
+_BAND_POINTS = 1000
 _REACHES = (1, 2, 3, 4, 6, 8, 12)
 
 
@@ -56,35 +60,82 @@ def _room(problem: Problem, level: Level) -> Room:
 
 
 def _rounded(counts: Shape) -> Shape:
-    z, y, x = (n if n == 1 else n + -n % (8 if n > 32 else 4 if n > 8 else 2) for n in counts)
+    fine = 4 if counts[0] == 1 else 1  # empty nodes cost less than another batch in two dimensions
+    z, y, x = (n if n == 1 else n + -n % (fine * (8 if n > 32 else 4 if n > 8 else 2)) for n in counts)
     return z, y, x
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """Fits that ended at the same level, by their place among the problems; None before the first level."""
+
+    members: list[int]
+    field: Lattices
+    level: Level | None
+
+
 def fit_levels(
-    rois: RoiFields, problems: Sequence[Problem], matrix: Tensor, u: Lattices, plan: Plan, config: FitConfig
-) -> Lattices:
-    """The fields of all levels, on the lattices of the last one.
+    rois: RoiFields, problems: Sequence[Problem], matrix: Tensor, plan: Plan, config: FitConfig
+) -> list[Fitted]:
+    """The fields of all levels.
 
     Args:
         rois: of the problems.
         problems: B that have the same plan.
         matrix: [B, 4, 4] affines.
-        u: where the fields start.
         plan: see `plan_levels`.
         config: settings.
     """
+    left = Fitted(list(range(len(problems))), still(problems, matrix.device), None)
+    done: list[Fitted] = []
     for level, room in plan:
-        steps = [node_counts(p.shape, p.spacing_mm, level.stride, p.h0)[1] for p in problems]
-        u = resample(u, Lattices.zero(room.nodes, steps, u.values.device))
+        if level.below < 1:
+            apart = _apart(rois, matrix, left.field, level)
+            met = [k for k in range(len(left.members)) if k not in set(apart)]
+            if met:
+                done.append(_some(left, met))
+            if not apart:
+                return done
+            if met:
+                left, rois, matrix = _some(left, apart), rois.only(apart), matrix[apart]
+        members = [problems[k] for k in left.members]
+        steps = [node_counts(p.shape, p.spacing_mm, level.stride, p.h0)[1] for p in members]
+        u = resample(left.field, Lattices.zero(room.nodes, steps, matrix.device))
         limit = level.points_per_roi or config.points_per_roi
         points = rois.points(3 * level.tau + 1, level.points, limit)
         weights = (rois.confidence >= level.trust) * _reweighted(rois, points, matrix, u, level.tau, config.robust)
-        u = _fit_level(rois, points, weights, matrix, u, level, room.controls, config)
-    return u
+        left = Fitted(left.members, _fit_level(rois, points, weights, matrix, u, level, room.controls, config), level)
+    return [*done, left]
+
+
+def still(problems: Sequence[Problem], device: str | torch.device) -> Lattices:
+    """Fields that move nothing."""
+    return Lattices.zero((1, 1, 1), [problem.spacing_mm for problem in problems], device)
+
+
+def _some(fits: Fitted, chosen: list[int]) -> Fitted:
+    field = Lattices(fits.field.values[chosen], fits.field.step_mm[chosen])
+    return Fitted([fits.members[k] for k in chosen], field, fits.level)
+
+
+def _apart(rois: RoiFields, matrix: Tensor, u: Lattices, level: Level) -> list[int]:
+    """The fits that a level is for: those of which a voting ROI has a Dice below `level.below`."""
+    points = rois.points(_BAND, 1, _BAND_POINTS)
+    distance, _ = rois.sample(points, _transform(matrix, u, points))
+    moved, fixed = distance > 0, points.fixed > 0
+    voxels = points.share * rois.count[points.roi]
+    both, a, b = (rois.sum_per_roi(points, voxels * each) for each in (moved & fixed, moved, fixed))
+    core = (rois.count - b).clamp_min(0)  # further inside than any point, taken to be inside both
+    dice = 2 * (both + core) / (a + b + 2 * core)
+    low = (dice < level.below) & (rois.confidence >= level.trust)
+    return [k for k, each in enumerate(rois.by_fit(low)) if bool(each.any())]
 
 
 def _transform(matrix: Tensor, u: Lattices, points: Points) -> Tensor:
     """T(x) = A x + u(x) at the points: [P, 3] mm."""
+    if runs_compiled(u.values):
+        arrays = (t.numpy() for t in (points.x, points.fit, matrix, u.values, u.step_mm))
+        return torch.from_numpy(fit_loops.carry(*arrays))
     return affine_map(matrix, points) + u.at(points.fit, points.x)
 
 
@@ -120,29 +171,50 @@ def _fit_level(
     """Gauss-Newton steps of one level; returns the refined fields on the same lattices."""
     grid = ControlGrid.over(u, level.control * rois.h0, controls)
     tau = level.tau * rois.h0[points.fit]
-    cell = u.nearest(points.fit, points.x)
     weight = weights[points.roi] * points.share
     limit = config.step * grid.spacing_mm[:, :, None, None, None]
-    linear = matrix[points.fit, :3, :3]
-    across = linear[:, 0]
-    rows, cols = torch.triu_indices(3, 3)
     moving = torch.ones(len(u.values), dtype=torch.bool, device=matrix.device)
     for _ in range(level.iterations):
-        y = _transform(matrix, u, points)
-        residual, gradient, _ = rois.residual(points, y, tau)
-        slope = (gradient[:, None] @ linear)[:, 0]
-        offset, anchor = rois.slice_anchor(points, y, config.slice_weight * weight)
-        gain = slope * (residual * weight)[:, None] + across * (offset * anchor)[:, None]
-        curvature = slope[:, rows] * slope[:, cols] * weight[:, None]
-        curvature = curvature + anchor[:, None] * (across[:, rows] * across[:, cols])
-        dense = grid.scatter(cell, torch.cat([gain, curvature], 1))
-        d = solve(grid, dense[:, :3], dense[:, 3:], level.smoothness * config.smoothness * rois.h0**2, level.lumped)
+        gradient, curvature = _votes(rois, points, matrix, u, grid, tau, weight, config.slice_weight)
+        d = solve(grid, gradient, curvature, level.smoothness * config.smoothness * rois.h0**2, level.lumped)
         delta = grid.expand(torch.maximum(torch.minimum(d, limit), -limit))
         u = _guarded_step(u, delta, matrix, moving, config.diffeomorphic)
         moving = moving & (delta.abs().flatten(1).amax(1) >= config.settled * rois.h0)
         if not bool(moving.any()):
             break
     return u
+
+
+def _votes(
+    rois: RoiFields,
+    points: Points,
+    matrix: Tensor,
+    u: Lattices,
+    grid: ControlGrid,
+    tau: Tensor,
+    weight: Tensor,
+    slice_weight: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradient [B, 3, nz, ny, nx] and curvature [B, 6, ...] of half the weighted squared residuals, at the nodes."""
+    y = _transform(matrix, u, points)
+    if runs_compiled(y):
+        distance, slope = rois.sample(points, y)
+        anchor, centre_z = rois.slab[points.roi] * slice_weight * weight, rois.moving_centroid[points.roi, 0]
+        arrays = (points.x, y, distance, slope, points.fixed, tau, weight, anchor, centre_z, points.fit, matrix)
+        found = fit_loops.votes(*(t.numpy() for t in (*arrays, u.step_mm)), *u.values.shape[2:])
+        gradient, curvature = (torch.from_numpy(values) for values in found)
+        return gradient, curvature
+    linear = matrix[points.fit, :3, :3]
+    across = linear[:, 0]
+    rows, cols = torch.triu_indices(3, 3)
+    residual, gradient, _ = rois.residual(points, y, tau)
+    slope = (gradient[:, None] @ linear)[:, 0]
+    offset, anchor = rois.slice_anchor(points, y, slice_weight * weight)
+    gain = slope * (residual * weight)[:, None] + across * (offset * anchor)[:, None]
+    curvature = slope[:, rows] * slope[:, cols] * weight[:, None]
+    curvature = curvature + anchor[:, None] * (across[:, rows] * across[:, cols])
+    dense = grid.scatter(u.nearest(points.fit, points.x), torch.cat([gain, curvature], 1))
+    return dense[:, :3], dense[:, 3:]
 
 
 def _guarded_step(u: Lattices, delta: Tensor, matrix: Tensor, moving: Tensor, everywhere: bool) -> Lattices:

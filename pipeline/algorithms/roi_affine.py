@@ -8,11 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.algorithms import fit_loops
 from pipeline.algorithms.affine import Affine, nearest_rigid, robust_affine
+from pipeline.algorithms.compiled import runs_compiled
 from pipeline.algorithms.fit_config import FitConfig
 from pipeline.algorithms.roi_fields import Points, RoiFields
 
 _FEWEST_FOR_AFFINE = 3
+_TOGETHER = 1000  # points per slice of a fit, which are plenty for an affine
 _NO_LINEAR_PART_MM = 1e6
 
 
@@ -26,6 +29,10 @@ def simpler_map(centroids: Tensor, h0: float) -> str:
 
 def affine_map(matrix: Tensor, points: Points) -> Tensor:
     """A x at the points, with the affine [B, 4, 4] of their fit: [P, 3] mm."""
+    if runs_compiled(points.x):
+        nothing = torch.zeros((len(matrix), 3, 1, 1, 1))
+        arrays = (points.x, points.fit, matrix, nothing, torch.ones((len(matrix), 3)))
+        return torch.from_numpy(fit_loops.carry(*(t.numpy() for t in arrays)))
     m = matrix[points.fit]
     return (m[:, :3, :3] @ points.x[:, :, None])[:, :, 0] + m[:, :3, 3]
 
@@ -52,7 +59,7 @@ def fit_affines(rois: RoiFields, config: FitConfig, flat: Sequence[bool], simple
     if config.affine_iterations == 0:
         return starts
     matrix = torch.as_tensor(np.stack(starts), dtype=torch.float32, device=rois.moving.device)
-    points = rois.points(12, 3, config.points_per_roi)
+    points = rois.points(12, 3, config.points_per_roi, together=_TOGETHER)
     h0, tau = rois.h0, 4 * rois.h0[points.fit]
     real = (points.share > 0).float()[:, None]
     number = _sum_per_fit(points, real, len(h0))
@@ -69,10 +76,7 @@ def fit_affines(rois: RoiFields, config: FitConfig, flat: Sequence[bool], simple
     ).to(matrix)
     for _ in range(config.affine_iterations):
         residual, gradient, _ = rois.residual(points, affine_map(matrix, points), tau)
-        jacobians = (gradient[:, :, None] * basis[:, None, :]).reshape(len(basis), 12)
-        weighted = torch.split(jacobians * weight_p[:, None], list(points.count))
-        both = torch.split(torch.cat([jacobians, residual[:, None]], 1), list(points.count))
-        normal = torch.stack([a.T @ b for a, b in zip(weighted, both, strict=True)])
+        normal = _normal(points, basis, residual, gradient, weight_p, len(h0))
         step = -torch.linalg.solve(normal[:, :, :12] + ridge, normal[:, :, 12:]).reshape(-1, 3, 4)
         size = step.flatten(1).norm(dim=1).clamp_min(1e-6)
         step = step * torch.clamp(2 * h0 / size, max=1.0)[:, None, None]
@@ -82,6 +86,17 @@ def fit_affines(rois: RoiFields, config: FitConfig, flat: Sequence[bool], simple
         matrix[:, :3, 3] += step[:, :, 3] - (linear @ center[:, :, None])[:, :, 0]
     found = matrix.cpu().numpy().astype(np.float64)
     return [start if name == "rigid" else a for start, name, a in zip(starts, simpler, found, strict=True)]
+
+
+def _normal(points: Points, basis: Tensor, residual: Tensor, gradient: Tensor, weight: Tensor, fits: int) -> Tensor:
+    """Normal matrix and gradient of the 12 entries of each fit's affine, row by row: [B, 12, 13]."""
+    if runs_compiled(residual):
+        arrays = (t.numpy() for t in (basis, residual, gradient, weight, points.fit))
+        return torch.from_numpy(fit_loops.affine_votes(*arrays, fits))
+    jacobians = (gradient[:, :, None] * basis[:, None, :]).reshape(len(basis), 12)
+    weighted = torch.split(jacobians * weight[:, None], list(points.count))
+    both = torch.split(torch.cat([jacobians, residual[:, None]], 1), list(points.count))
+    return torch.stack([a.T @ b for a, b in zip(weighted, both, strict=True)])
 
 
 def _sum_per_fit(points: Points, values: Tensor, fits: int) -> Tensor:

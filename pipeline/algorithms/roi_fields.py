@@ -1,18 +1,20 @@
-# mypy: disable-error-code="no-untyped-call"
 """Matched ROIs as signed distance maps at ragged point lists, ready for the fit in `pipeline.algorithms.ddf`."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import SimpleITK as sitk  # noqa: N813 (its own documentation's name)
 import torch
-from scipy import ndimage
 from torch import Tensor
+
+from pipeline.algorithms import fit_loops
+from pipeline.algorithms.compiled import runs_compiled
+from pipeline.algorithms.distance_map import signed_distance
 
 Triple: TypeAlias = tuple[int, int, int]
 Spacing: TypeAlias = tuple[float, float, float]
@@ -121,12 +123,14 @@ class RoiFields:
     slab: Tensor
     flat: bool
 
-    def points(self, distance: float, stride: int, limit: int) -> Points:
+    def points(self, distance: float, stride: int, limit: int, together: int = sys.maxsize) -> Points:
         """Voxels within a distance, in h0, of their fixed boundary, on every `stride`-th row and column.
 
-        A ROI with more than about `limit` of them per slice, of `_SLICES` slices at most, is sampled more coarsely.
+        A ROI with more than about `limit` of them per slice, of `_SLICES` slices at most, is sampled more coarsely, and
+        so is each of many ROIs that would have more than about `together` of them per slice.
         """
-        found = [self._near(k, distance, stride, limit) for k in range(len(self.fixed))]
+        limits = [min(limit, together // n) for n in self.size for _ in range(n)]
+        found = [self._near(k, distance, stride, max(each, 1)) for k, each in enumerate(limits)]
         count = []
         for members in self.split(range(len(found))):
             total = sum(len(found[k][1]) for k in members)
@@ -150,15 +154,35 @@ class RoiFields:
         self, k: int, distance: float, stride: int, limit: int
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Position [P, 3] mm, signed distance mm and voxels stood for of the points of a ROI."""
-        map_mm, reach = self.fixed[k], distance * self.unit_mm[k]
-        near = np.abs(map_mm[:, ::stride, ::stride]) < reach
-        excess = near.sum() / (limit * min(len(map_mm), _SLICES))
+        map_mm, reach = self.fixed[k], np.float32(distance * self.unit_mm[k])
+        place, fixed = fit_loops.near(map_mm, stride, reach)
+        excess = len(fixed) / (limit * min(len(map_mm), _SLICES))
         if excess > 1:
             stride *= int(np.ceil(np.sqrt(excess)))
-            near = np.abs(map_mm[:, ::stride, ::stride]) < reach
-        place = np.argwhere(near) * (1, stride, stride)
-        fixed = map_mm[:, ::stride, ::stride][near]
+            place, fixed = fit_loops.near(map_mm, stride, reach)
         return (place + self.corner[k]) * self.spacing_mm[k], fixed, np.full(len(fixed), stride**2, np.float32)
+
+    def only(self, fits: Sequence[int]) -> RoiFields:
+        """The ROIs of some of the fits, in the order given."""
+        chosen = [k for members in (self.split(range(len(self.fit)))[fit] for fit in fits) for k in members]
+        of_roi = (
+            "fit",
+            "weight",
+            "confidence",
+            "count",
+            "fixed_centroid",
+            "moving_centroid",
+            "base",
+            "dims",
+            "origin",
+            "slab",
+        )
+        parts = {name: getattr(self, name)[chosen] for name in of_roi}
+        size = tuple(self.size[fit] for fit in fits)
+        parts["fit"] = torch.repeat_interleave(torch.arange(len(fits)), torch.tensor(size)).to(self.fit)
+        of_fit = {name: getattr(self, name)[list(fits)] for name in ("h0", "to_index")}
+        rows = {name: getattr(self, name)[chosen] for name in ("corner", "spacing_mm", "unit_mm")}
+        return replace(self, fixed=tuple(self.fixed[k] for k in chosen), size=size, **parts, **of_fit, **rows)
 
     def split(self, values: Sequence[T]) -> list[Sequence[T]]:
         """A value of each ROI [K] by fit."""
@@ -189,13 +213,17 @@ class RoiFields:
 
     def sample(self, points: Points, y: Tensor) -> tuple[Tensor, Tensor]:
         """Linear interpolation of the moving distance map of each point's ROI, and its gradient per mm of y."""
+        if runs_compiled(y):
+            place = (self.to_index, self.moving, self.base, self.dims, self.origin)
+            value, gradient = fit_loops.sample(*(t.numpy() for t in (y, points.roi, points.fit, *place)))
+            return torch.from_numpy(value), torch.from_numpy(gradient)
         roi, to_index = points.roi, self.to_index[points.fit]
         position = (to_index[:, :, :3] @ y[:, :, None])[:, :, 0] + to_index[:, :, 3] - self.origin[roi]
-        dims = self.dims[roi]
-        last = dims - 1
+        size = self.dims[roi]
+        last = (size - 1).to(y)
         low = torch.minimum(position.clamp_min(0).floor(), (last - 1).clamp_min(0))
         fraction = torch.minimum((position - low).clamp(0, 1), last)
-        size, i = dims.long(), low.long()
+        i = low.long()
         row = (self.base[roi] + i[:, 0] * size[:, 1] * size[:, 2]) + i[:, 1] * size[:, 2] + i[:, 2]
         jump = torch.stack([size[:, 1] * size[:, 2], size[:, 2], torch.ones_like(size[:, 2])]) * (size > 1).T
         fz, fy, fx = fraction.T
@@ -217,37 +245,6 @@ class RoiFields:
         c, d = self.moving[row + down], self.moving[row + down + right]
         top, bottom = a + fx * (b - a), c + fx * (d - c)
         return top + fy * (bottom - top), bottom - top, (b - a) + fy * (d - c - b + a)
-
-
-def signed_distance(
-    mask: npt.NDArray[np.bool_], spacing_mm: tuple[float, float, float], margin: tuple[int, int, int]
-) -> npt.NDArray[np.float32]:
-    """Signed distance in mm (positive inside, zero on the voxel edges) of a mask padded by `margin` voxels."""
-    padded = np.pad(mask, [(m, m) for m in margin])
-    if padded.shape[0] == 1:
-        flat = padded[0]
-        half = 0.5 * min(spacing_mm[1:])
-        inside = ndimage.distance_transform_edt(flat, spacing_mm[1:])
-        outside = ndimage.distance_transform_edt(~flat, spacing_mm[1:])
-        distance = np.where(flat, inside - half, half - outside)[None]
-    else:
-        half = 0.5 * min(spacing_mm)
-        distance = np.where(padded, _distance_to(~padded, spacing_mm) - half, half - _distance_to(padded, spacing_mm))
-    return distance.astype(np.float32)
-
-
-def _distance_to(mask: npt.NDArray[np.bool_], spacing_mm: Spacing) -> npt.NDArray[np.float32]:
-    """Distance [D, H, W] in mm of every voxel outside a mask to the nearest one in it.
-
-    Maurer's linear-time transform (IEEE PAMI 25, 2003), here ten times as fast as SciPy's in three dimensions.
-    """
-    image = sitk.GetImageFromArray(mask.astype(np.uint8))
-    image.SetSpacing(spacing_mm[::-1])
-    transform = sitk.SignedMaurerDistanceMapImageFilter()
-    transform.SetNumberOfThreads(1)  # a worker has one core
-    transform.SetSquaredDistance(False)
-    transform.SetUseImageSpacing(True)
-    return np.asarray(sitk.GetArrayFromImage(transform.Execute(image)), np.float32)
 
 
 def build(
@@ -293,7 +290,7 @@ def build(
         moving_centroid=real(there),
         moving=real(np.concatenate([values.ravel() for values in moving])),
         base=whole(np.cumsum(sizes) - sizes),
-        dims=real(np.array(dims)),
+        dims=whole(dims),
         origin=real(np.array(origin)),
         to_index=real([_to_index(problem) for problem in problems]),
         slab=real([pair.moving.mask.shape[0] == 1 for pair in pairs]),
