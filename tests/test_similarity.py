@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pipeline.algorithms.ellipses import Gate
 from pipeline.algorithms.similarity import Kind, calibrated_epsilon, compare, impossible_pairs
 
 
@@ -50,7 +51,11 @@ def test_pairs_of_a_band_are_those_of_the_whole_matrix() -> None:
     expected = np.nonzero((full > 0.9) & inside)
     assert (i.tolist(), j.tolist()) == (expected[0].tolist(), expected[1].tolist())
     np.testing.assert_allclose(similarity, full[i, j], atol=1e-6)
-    assert found.above(0.9, lambda rows, columns: np.zeros((6, columns.stop - columns.start), bool))[0].size == 0
+    centres, variances = np.linspace(0, 50, 6)[:, None] * np.ones(2), np.tile([4.0, 0, 4.0], (6, 1))
+    gate = Gate.between(centres, variances, centres, variances, 0.2)
+    near = np.nonzero((full > 0.9) & inside & np.eye(6, dtype=bool))
+    i, j, _ = found.above(0.9, gate)
+    assert (i.tolist(), j.tolist()) == (near[0].tolist(), near[1].tolist())
     ordered = np.sort(np.where(inside, full, 0), axis=1)
     best = np.array([0, 5]), np.array([full[0, :2].argmax(), 2 + full[5, 2:].argmax()])
     expected_margin = [ordered[0, -1] - ordered[0, -2], ordered[5, -1] - ordered[5, -2]]

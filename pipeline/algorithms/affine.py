@@ -8,6 +8,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.algorithms import affine_loops
+
 Affine: TypeAlias = npt.NDArray[np.float64]
 Points: TypeAlias = npt.NDArray[np.float64]
 Weights: TypeAlias = npt.NDArray[np.float64]
@@ -28,39 +30,17 @@ def ridge_affine(fixed: Points, moving: Points, weight: Weights, prior_mm: float
     Returns:
         [4, 4] float64, fixed position to moving position.
     """
-    both = _side_by_side(fixed, moving)
-    return _affine_of((weight[:, None] * both[:, :4]).T @ both, prior_mm)
-
-
-def _side_by_side(fixed: Points, moving: Points) -> Points:
-    """[N, 7]: 1, fixed position, moving position."""
-    return np.concatenate([np.ones((len(fixed), 1)), fixed, moving], axis=1)
-
-
-def _affine_of(moments: npt.NDArray[np.float64], prior_mm: float) -> Affine:
-    """`ridge_affine` from the weighted sums of (1, fixed) times (1, fixed, moving), [..., 4, 7]: [..., 4, 4]."""
-    share = moments / moments[..., :1, :1]
-    mean, fixed_mean = share[..., 0, 1:], share[..., 0, 1:4]
-    centred = share[..., 1:, 1:] - fixed_mean[..., :, None] * mean[..., None, :]
-    spread, across = centred[..., :3], centred[..., 3:]
-    linear = np.linalg.solve(spread + prior_mm**2 * np.eye(3), across - spread) + np.eye(3)  # transposed
-    matrix = np.zeros((*moments.shape[:-2], 4, 4))
-    matrix[..., :3, :3] = np.swapaxes(linear, -1, -2)
-    matrix[..., :3, 3] = mean[..., 3:] - (fixed_mean[..., None, :] @ linear)[..., 0, :]
-    matrix[..., 3, 3] = 1.0
-    return matrix
+    found: Affine = affine_loops.ridge(fixed, moving, weight, prior_mm)
+    return found
 
 
 def robust_affine(fixed: Points, moving: Points, weight: Weights, prior_mm: float, iterations: int = 10) -> Affine:
     """`ridge_affine` of [N, 3] points with Cauchy weights at twice the median residual, reweighted iteratively."""
-    both = _side_by_side(fixed, moving)
-    matrix = _affine_of((weight[:, None] * both[:, :4]).T @ both, prior_mm)
+    matrix: Affine = affine_loops.ridge(fixed, moving, weight, prior_mm)
     for _ in range(iterations):
-        error = both[:, 1:4] @ matrix[:3, :3].T + matrix[:3, 3] - moving
-        square = np.einsum("ij,ij->i", error, error)
+        square = affine_loops.squared_errors(matrix, fixed, moving)
         scale = 2.0 * np.sqrt(middle_value(square)) + 1e-3
-        trust = weight / (1.0 + square / scale**2)
-        matrix = _affine_of((trust[:, None] * both[:, :4]).T @ both, prior_mm)
+        matrix = affine_loops.ridge(fixed, moving, weight / (1.0 + square / scale**2), prior_mm)
     return matrix
 
 
@@ -103,18 +83,9 @@ def consensus_affine(
     size = min(_SAMPLE, len(fixed))
     share = np.cumsum(weight)
     sample = np.searchsorted(share, _draws(trials, size, seed) * share[-1], side="right").clip(max=len(fixed) - 1)
-    both = _side_by_side(fixed, moving)
-    products = (weight[:, None] * both[:, :4])[:, :, None] * both[:, None, :]
-    matrices = _affine_of(products[sample].sum(axis=1), prior_mm)
-    points = both[:, [1, 2, 3, 0]].T.astype(np.float32)
-    y, x = (matrices[:, axis].astype(np.float32) @ points - moving[:, axis].astype(np.float32) for axis in (1, 2))
-    residual = np.sqrt(y * y + x * x)
     tolerance = 0.06 * float(np.hypot(*np.ptp(fixed[:, 1:], axis=0))) + 2.0
-    score = np.maximum(1 - residual * np.float32(1 / tolerance), 0) @ weight.astype(np.float32)
-    volume = np.abs(np.linalg.det(matrices[:, :3, :3]))
-    score[(volume < _VOLUME_RATIO[0]) | (volume > _VOLUME_RATIO[1])] = -1.0
-    best = int(np.argmax(score))
-    inlier = residual[best] < tolerance
+    best = affine_loops.best_agreement(fixed, moving, weight, sample, prior_mm, tolerance, _VOLUME_RATIO)
+    inlier = affine_loops.agreeing(best, fixed, moving, tolerance)
     if inlier.sum() < size:
         inlier[:] = True
     return robust_affine(fixed[inlier], moving[inlier], weight[inlier], prior_mm, iterations=1)

@@ -25,7 +25,6 @@ Array = npt.NDArray[np.float64]
 Float = npt.NDArray[np.float32]
 Index = npt.NDArray[np.int64]
 Pairs: TypeAlias = tuple[Index, Index, Float]
-Allowed: TypeAlias = Callable[[slice, slice], npt.NDArray[np.bool_]]
 Select: TypeAlias = Callable[[Index, Index, Float], Index]
 _SEEDS = 150
 _VOTERS = 100
@@ -97,7 +96,7 @@ class Places:
 
 def consistent_pairs(
     seeds: Pairs,
-    candidates: Callable[[Allowed], Pairs],
+    candidates: Callable[[ellipses.Gate], Pairs],
     fixed: Places,
     moving: Places,
     select: Select,
@@ -108,8 +107,8 @@ def consistent_pairs(
 
     Args:
         seeds: moving index, fixed index and similarity of at least three pairs.
-        candidates: gives moving index, fixed index and similarity of the pairs that are alike enough, among those of
-            a block of rows and columns that it is told are allowed.
+        candidates: gives moving index, fixed index and similarity of the pairs that are alike enough, of those that
+            a gate lets through.
         fixed, moving: places in the fixed frame, mm.
         select: positions of the pairs that the one-to-one rule takes of scored candidates.
         config: settings.
@@ -128,7 +127,7 @@ def consistent_pairs(
         there[:, 1:], moving.covariance_mm2, carried.centroid_mm[:, 1:], carried.covariance_mm2, config.min_overlap
     )
     yield 0
-    ci, cj, alike = candidates(gate.may_overlap)
+    ci, cj, alike = candidates(gate)
     place = moving.planar().take(ci, axis=1)
     rounds = config.affine_rounds + config.local_rounds
     for round_number in range(rounds):

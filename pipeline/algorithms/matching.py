@@ -134,7 +134,7 @@ def match_in_stages(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, conf
     if len(seeds) >= 3:
         i, j, similarity, score, confidence = yield from consistent_pairs(
             (i[seeds], j[seeds], score[seeds]),
-            lambda allowed: alike.above(max(epsilon - spatial.slack, 0.0), allowed),
+            lambda gate: alike.above(max(epsilon - spatial.slack, 0.0), gate),
             Places(fixed.centroid_mm, fixed.covariance_mm2, fixed.track),
             Places(moving.centroid_mm, moving.covariance_mm2, moving.track).moved(moving_to_fixed),
             lambda i, j, score: _select(i, j, score, moving, config),

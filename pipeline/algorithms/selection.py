@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linear_sum_assignment
 
+from pipeline.algorithms import match_loops
+
 Index = npt.NDArray[np.int64]
 Score = npt.NDArray[np.floating]
 Rule = Literal["greedy", "mutual", "optimal"]
@@ -25,32 +27,21 @@ def one_to_one(i: Index, j: Index, score: Score, rule: Rule = "greedy") -> Index
     if rule == "greedy":
         return greedy_one_to_one(i, j, score)
     if rule == "mutual":
-        best = np.flatnonzero((score >= _best_score(i, score)) & (score >= _best_score(j, score)))
-        return best[_first_of_each(i[best]) & _first_of_each(j[best])]
+        return np.flatnonzero(match_loops.mutual(i, j, score, *_sizes(i, j)))
     return _optimal(i, j, score)
 
 
 def greedy_one_to_one(i: Index, j: Index, score: Score) -> Index:
     """Positions of the pairs that greedy selection by descending score takes, each i and each j at most once.
 
-    Ties go to the pair given first. A pair that is the best left of both its row and its column is taken whatever
-    else happens, so whole rounds of such pairs are taken at once; the result is that of the one-by-one rule.
+    Ties go to the pair given first.
 
     Args:
         i, j: [n], non-negative.
         score: [n].
     """
     order = np.argsort(-score, kind="stable")
-    rows, cols = int(i.max(initial=0)) + 1, int(j.max(initial=0)) + 1
-    taken = [np.zeros(0, np.int64)]
-    while len(order):
-        r, c = i[order], j[order]
-        best = _first_of_each(r) & _first_of_each(c)
-        taken.append(order[best])
-        used_row, used_col = np.zeros(rows, bool), np.zeros(cols, bool)
-        used_row[r[best]], used_col[c[best]] = True, True
-        order = order[~(used_row[r] | used_col[c])]
-    return np.sort(np.concatenate(taken))
+    return np.flatnonzero(match_loops.greedy(order, i, j, *_sizes(i, j)))
 
 
 def best_of_each(group: Index, score: Score) -> Index:
@@ -73,11 +64,9 @@ def _optimal(i: Index, j: Index, score: Score) -> Index:
     return np.sort(position[position >= 0])
 
 
-def _best_score(group: Index, score: Score) -> Score:
-    """Largest score of each entry's group: [n]."""
-    best = np.zeros(int(group.max(initial=0)) + 1, score.dtype)
-    np.maximum.at(best, group, score)
-    return np.asarray(best[group])
+def _sizes(i: Index, j: Index) -> tuple[int, int]:
+    """How many values i and j can have."""
+    return int(i.max(initial=-1)) + 1, int(j.max(initial=-1)) + 1
 
 
 def _first_of_each(values: Index) -> npt.NDArray[np.bool_]:

@@ -8,12 +8,15 @@ cannot match, and how alike such pairs are tells how alike wrong pairs get.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from pipeline.algorithms import match_loops
+from pipeline.algorithms.ellipses import Gate
 
 Float = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -26,6 +29,7 @@ _STEPS = 400
 _AREA_RATIO = 4.0
 _DEPTH_APART = 0.5
 _NULL_ROWS = 128
+_OPEN = np.zeros((0, 4), np.float32)
 
 
 @dataclass(frozen=True)
@@ -40,22 +44,17 @@ class Similarities:
     bands: Sequence[Band]
     blocks: Sequence[Float]
 
-    def above(self, least: float, allowed: Callable[[slice, slice], Mask] | None = None) -> tuple[Index, Index, Float]:
-        """Row, column and value of what exceeds `least` >= 0, of the pairs that `allowed` lets through if it is given.
+    def above(self, least: float, gate: Gate | None = None) -> tuple[Index, Index, Float]:
+        """Row, column and value of what exceeds `least` >= 0, of the pairs that the gate lets through if there is one.
 
         Returns:
             int64 [n], int64 [n] and float32 [n], 0..1, in the order of rows and columns.
         """
         found = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))]
         for (rows, columns), block in zip(self.bands, self.blocks, strict=True):
-            if block.size:
-                chosen = block > least
-                if allowed is not None:
-                    chosen &= allowed(rows, columns)
-                position = np.flatnonzero(chosen)
-                i, j = np.divmod(position, block.shape[1])
-                values = np.minimum(block.ravel()[position], np.float32(1))
-                found.append((i + rows.start, j + columns.start, values))
+            left, right = (_OPEN, _OPEN) if gate is None else (gate.left[rows], gate.right[columns])
+            i, j, value = match_loops.exceeding(block, np.float32(least), left, right)
+            found.append((i + rows.start, j + columns.start, value))
         i, j, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return i, j, values
 
@@ -64,9 +63,7 @@ class Similarities:
         other = np.zeros(len(i), np.float32)
         for (rows, columns), block in zip(self.bands, self.blocks, strict=True):
             here = np.flatnonzero((i >= rows.start) & (i < rows.stop))
-            lines = block[i[here] - rows.start]
-            lines[np.arange(len(here)), j[here] - columns.start] = 0
-            other[here] = lines.max(axis=1, initial=0)
+            other[here] = match_loops.rivals(block, i[here] - rows.start, j[here] - columns.start)
         return np.asarray(value - np.minimum(other, 1), np.float32)
 
 
