@@ -40,7 +40,7 @@ def export(
     request = ExportRequest(tuple(formats or ("itk",)), dense, images, labels, cast("LabelRule", label_rule))
     summary = export_study(study, out, request, pairs or ())
     typer.echo(f"{out}: {summary.done} pairs")
-    _end_with(summary.failures)
+    end_with(summary.failures)
 
 
 def apply(
@@ -81,10 +81,10 @@ def apply(
     done, failures = apply_to(mapping, jobs, out, Options(cast("LabelRule", label_rule), fill))
     for path in done:
         typer.echo(str(path))
-    _end_with(failures)
+    end_with(failures)
 
 
-def _end_with(failures: Sequence[Failure]) -> None:
+def end_with(failures: Sequence[Failure]) -> None:
     """Say what failed; exit code 1 if anything did."""
     for failure in failures[:SHOWN]:
         typer.echo(f"failed {failure.unit}: {failure.message}", err=True)
