@@ -176,7 +176,7 @@ def prompted_masks(
     shape = (len(prompts), token.shape[1])
     return [
         Candidates(*(values.cpu().numpy() for values in found))
-        for found in zip(masks.unflatten(0, shape), quality.float(), stability.view(shape), strict=True)
+        for found in zip(masks.view(*shape, *masks.shape[1:]), quality.float(), stability.view(shape), strict=True)
     ]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from pipeline.dispatch import Failure
     from pipeline.query_region import Seed
 
 
@@ -49,7 +50,7 @@ def query(
     found, others = int((result.found.total[result.ranked] > 0).sum()), len(result.ranked)
     times = " ".join(f"{what} {seconds:.2f} s," for what, seconds in {"opening": opening, **result.seconds}.items())
     typer.echo(f"{path}: found in {found} of {others} subjects ({times.rstrip(',')})")
-    failures = []
+    failures: list[Failure] = []
     if top:
         sheets, failures = write_sheets(result, top)
         for sheet in sheets:

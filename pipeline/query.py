@@ -61,7 +61,7 @@ class Found:
     def ranked(self, without: int) -> npt.NDArray[np.int64]:
         """Positions of the subjects but one, the surest first."""
         order = np.argsort(-self.total, kind="stable")
-        return order[order != without]
+        return np.asarray(order[order != without])
 
 
 @dataclass(frozen=True)

@@ -155,19 +155,17 @@ class RegionFinder:
         dimension = self.geometry.source_dimension
         if positions.shape[1] != dimension:
             axes = ", ".join("xyz" if seed.kind == "point-mm" else "ijk")[: 3 * dimension - 2]
-            raise UsageError(
-                f"--{seed.kind}: this image has {dimension} axes; expected {axes} for each corner or point"
-            )
+            raise UsageError(f"--{seed.kind}: this image has {dimension} axes; expected {axes} of each point or corner")
         full = np.pad(positions.astype(np.float64), ((0, 0), (0, 3 - dimension)))
         local = (world_to_local if seed.kind == "point-mm" else voxels_to_local)(full, self.geometry)
         voxels = np.rint(local / np.asarray(self.geometry.spacing_mm)).astype(np.int64)
         if ((voxels < 0) | (voxels >= self.geometry.shape)).any():
             shown = ",".join(f"{v:g}" for v in seed.values)
             raise UsageError(f"--{seed.kind} {shown} is outside the image, {self.geometry.describe()}")
-        return voxels
+        return np.asarray(voxels)
 
     def _rows(self, z: int) -> npt.NDArray[np.int64]:
-        return np.flatnonzero(self._arrays["slice"] == z)
+        return np.asarray(np.flatnonzero(self._arrays["slice"] == z), np.int64)
 
     def _masks(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> Masks:
         return self._stored.masks(self._arrays["roi"][np.asarray(rows, np.int64)])

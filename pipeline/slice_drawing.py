@@ -34,7 +34,7 @@ def read_encoded(store: EmbeddingStore, subject: Subject) -> Image:
 def grey_of(image: Image) -> Grey:
     """Intensities 0..1 float32 [D, H, W], the outer half percents cut off; colour becomes its mean."""
     if image.is_rgb:
-        return image.array.mean(axis=3, dtype=np.float32) / np.float32(255)
+        return np.asarray(image.array.mean(axis=3) / 255, np.float32)
     return to_unit(image)
 
 

@@ -100,17 +100,12 @@ class Answers:
     confidence: Float
 
 
-def choose_context(
-    centroid_mm: Array, asked_mm: Array, count: int, among: npt.NDArray[np.bool_] | None = None
-) -> Index:
+def choose_context(centroid_mm: Array, asked_mm: Array, count: int) -> Index:
     """The `count` ROIs of [N, 3] that lie nearest to any region asked for [q, 3], in units of the ROIs' spread."""
     spread = _spread(centroid_mm)
     apart = ((centroid_mm[:, None] - asked_mm) / spread) ** 2
     distance = apart.sum(axis=-1).min(axis=1)
-    if among is not None:
-        distance[~among] = np.inf
-    order = np.argsort(distance, kind="stable")[:count]
-    return order[np.isfinite(distance[order])]
+    return np.asarray(np.argsort(distance, kind="stable")[:count], np.int64)
 
 
 def region_at_point(centroid_mm: Array, area_mm2: Array, quality: Float, place_mm: Array) -> int:
@@ -152,10 +147,9 @@ def answer(regions: Regions, block: Block, epsilon: float, spatial: SpatialConfi
     if spatial.depth:
         sigma = spatial.depth * np.maximum(block.height_mm, 1e-3)[subject]
         overlap *= np.exp(-0.5 * ((block.centroid_mm[subject, roi, 0] - place[subject, region, 0]) / sigma) ** 2)
-    found = Answers(
-        subject, roi, region, similarity, overlap.astype(np.float32), confidence(similarity, overlap, spatial)
-    )
-    sure = np.flatnonzero((overlap > spatial.min_overlap) & (found.confidence >= config.min_confidence))
+    share = np.asarray(overlap, np.float32)
+    found = Answers(subject, roi, region, similarity, share, confidence(similarity, share, spatial))
+    sure = np.flatnonzero((share > spatial.min_overlap) & (found.confidence >= config.min_confidence))
     return _best_of_each_slice(found, sure, block)
 
 
@@ -221,4 +215,4 @@ def _spread(centroid_mm: Array) -> Array:
     """Standard deviation of positions [N, 3] along z and in plane: [3] mm, above 0."""
     spread = np.maximum(centroid_mm.std(axis=0), 1e-3)
     spread[1:] = np.sqrt((spread[1:] ** 2).mean())
-    return spread
+    return np.asarray(spread)
