@@ -24,7 +24,8 @@ def export(
     *,
     out: OutOption,
     formats: Annotated[
-        list[str] | None, typer.Option("--format", help="itk, nifti, ants or learn2reg; repeatable.")
+        list[str] | None,
+        typer.Option("--format", help="Transforms: itk, nifti, ants, learn2reg. Tables: csv, duckdb. Repeatable."),
     ] = None,
     pairs: Annotated[list[str] | None, typer.Option("--pairs", help="Name of a pair; repeatable. All.")] = None,
     images: Annotated[bool, typer.Option("--images", help="Also the warped moving images.")] = False,
@@ -34,10 +35,15 @@ def export(
         bool, typer.Option("--dense", help="itk: a vector for every voxel, not a coarse lattice.")
     ] = False,
 ) -> None:
-    """Write the transforms of a study for other programs, and warped images and labels."""
+    """Write the transforms of a study for other programs, warped images and labels, and its tables."""
     from pipeline.export import ExportRequest, export_study
+    from pipeline.export_tables import export_tables
 
     request = ExportRequest(tuple(formats or ("itk",)), dense, images, labels, cast("LabelRule", label_rule))
+    for path in export_tables(study, out, request.table_formats) if request.table_formats else ():
+        typer.echo(str(path))
+    if not request.of_pairs:
+        return
     summary = export_study(study, out, request, pairs or ())
     typer.echo(f"{out}: {summary.done} pairs")
     end_with(summary.failures)

@@ -143,9 +143,7 @@ class RegionFinder:
         slices = list(range(z0, z1 + 1))
         if self._prompts:
             return self._prompted(slices, boxes=[(x0, y0, x1 + 1, y1 + 1)] * len(slices))
-        box = np.zeros(self._stored.mask_shape, bool)
-        box[y0 : y1 + 1, x0 : x1 + 1] = True
-        region = self._stored_rois([self._like(z, box, "box") for z in slices])
+        region = self._stored_rois([self._fitting(z, (y0, x0, y1 + 1, x1 + 1)) for z in slices])
         if not len(region.slices):
             raise UsageError(f"no ROI of {self.subject.subject!r} fills this box; fit it closely, or give --point")
         return region
@@ -178,6 +176,18 @@ class RegionFinder:
         masks = self._masks(rows)
         overlap = (masks & mask).sum(axis=(1, 2)) / (masks | mask).sum(axis=(1, 2))
         return int(rows[overlap.argmax()]) if overlap.max() >= _LEAST_IOU[kind] else None
+
+    def _fitting(self, z: int, box: tuple[int, int, int, int]) -> int | None:
+        """The stored ROI of a slice whose bounding box overlaps a box (y0, x0, y1, x1) best, if well enough."""
+        rows = self._rows(z)
+        if not len(rows):
+            return None
+        boxes = moments(self._masks(rows), self._arrays["slice"][rows], self.geometry.spacing_mm)["bbox"]
+        sides = np.minimum(boxes[:, 2:], box[2:]) - np.maximum(boxes[:, :2], box[:2])
+        both = sides.clip(0).prod(axis=1)
+        area, own = ((corners[..., 2:] - corners[..., :2]).prod(axis=-1) for corners in (boxes, np.array(box)))
+        overlap = both / (area + own - both)
+        return int(rows[overlap.argmax()]) if overlap.max() >= _LEAST_IOU["box"] else None
 
     def _track(self, row: int) -> list[int]:
         return [int(n) for n in np.flatnonzero(self._arrays["track"] == self._arrays["track"][row])]
@@ -212,6 +222,8 @@ class RegionFinder:
         found = segmenter.prompt(pictures, Features(values, self._stored.extent), **prompts)
         masks = np.stack([_surest(candidates) for candidates in found])
         some = masks.any(axis=(1, 2))
+        if not some.any():
+            raise UsageError("SAM finds no region there; move the point or box, or choose a stored ROI with --stored")
         return self._describe(np.array(slices)[some], masks[some])
 
     def _pictures(self, slices: list[int], needed: bool) -> npt.NDArray[np.uint8]:
