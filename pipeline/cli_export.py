@@ -25,7 +25,7 @@ def export(
     out: OutOption,
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", help="Transforms: itk, nifti, ants, learn2reg. Tables: csv, duckdb. Repeatable."),
+        typer.Option("--format", help="Transforms: itk, nifti, ants, learn2reg; tables: csv, duckdb. Repeatable."),
     ] = None,
     pairs: Annotated[list[str] | None, typer.Option("--pairs", help="Name of a pair; repeatable. All.")] = None,
     images: Annotated[bool, typer.Option("--images", help="Also the warped moving images.")] = False,

@@ -73,10 +73,11 @@ def _write_duckdb(study: Path, out: Path, names: Sequence[str], subjects: pa.Tab
             "--format duckdb needs the package duckdb: pip install 'samreg[analytics]', or --format csv"
         ) from None
     path = out / "study.duckdb"
-    with replace_file(path) as temporary:
-        with duckdb.connect(str(temporary), config={"memory_limit": _MEMORY, "threads": 1}) as database:
-            for name in (*names, _SUBJECTS):
-                _fill(database, name, _parts(study, name, subjects))
+    settings: dict[str, str | bool | int | float | list[str]] = {"memory_limit": _MEMORY, "threads": 1}
+    with replace_file(path) as temporary, duckdb.connect(str(temporary), config=settings) as database:
+        for name in (*names, _SUBJECTS):
+            _fill(database, name, _parts(study, name, subjects))
+        database.close()  # what it holds back is written before the file is moved
     yield path
 
 

@@ -196,14 +196,13 @@ def test_a_query_prompts_the_decoder_on_stored_features(serial: Path, checkpoint
     assert stored.features is not None
     features = Features(np.asarray(stored.features[1:], np.float32), stored.extent)
     segmenter, blank = SamSegmenter(SamConfig("slimsam_77", str(checkpoint))), np.zeros((1, 64, 64, 3), np.uint8)
-    answers = {
-        (x, y): segmenter.prompt(blank, features, points=[(x + 0.5, y + 0.5)])[0]
-        for x, y in itertools.product((5, 30, 55), repeat=2)
-    }
-    surest = {place: found.masks[found.quality.argmax()] for place, found in answers.items()}
-    x, y = next(place for place, mask in surest.items() if mask.any())
+    for x, y in itertools.product((5, 30, 55), repeat=2):
+        found = segmenter.prompt(blank, features, points=[(x + 0.5, y + 0.5)])[0]
+        surest = found.masks[found.quality.argmax()]
+        if surest.any():
+            break
     region = ask(opened, "a", Seed("point", (x, y, 1))).region
-    np.testing.assert_array_equal(region.masks[region.slices == 1][0], surest[x, y])
+    np.testing.assert_array_equal(region.masks[region.slices == 1][0], surest)
     stored_only = ask(opened, "a", Seed("point", (x, y, 1)), prompt=False).region
     known = stored.masks()
     assert all((mask == known).all(axis=(1, 2)).any() for mask in stored_only.masks)
