@@ -6,9 +6,10 @@
 Quality: every subject is asked for a label, all others answer. `found` is the share of subjects with an answer, `right`
 the share of these more than half of which is the label, `Dice` that of answer and label in 3D with 0 where nothing was
 found, `ROIs` the same for the best stored ROI of every slice, which is what any answer can reach; `surer half` are the
-answers of the upper half of each cohort by confidence. `alone` is similarity without agreement in space. Speed: opening
-the store with and without an index, then queries for tracks of different subjects; seconds of the clock and of the
-processor (both cores together), which is what another load on the machine leaves alone.
+answers of the upper half of each cohort by confidence. Confidence is judged on the labels that ROIs show. `straight` is
+without relays, `alone` that by similarity without agreement in space. Speed: opening the store with and without an
+index, then queries for tracks of different subjects; seconds of the clock and of the processor (both cores together),
+which is what another load on the machine leaves alone.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline.algorithms.metrics import dice
 from pipeline.algorithms.query import QueryConfig
 from pipeline.config import load_config
-from pipeline.query import Study, answer_all, answers_of, ask, open_study
+from pipeline.query import Study, ask, open_study
+from pipeline.query_answers import answer_with_relays
 from pipeline.query_region import Region, Seed
 from pipeline.study import run_study
 from storage.cohort import read_cohort
@@ -79,8 +81,10 @@ def best_rois(study: Study, name: str, truth: npt.NDArray[np.bool_]) -> npt.NDAr
     return found
 
 
-def quality(study: Study, label: int, labels: Labels) -> tuple[str, list[tuple[float, float]]]:
-    """A row of the table, and (confidence, share of the answer that is right) of every answer."""
+def quality(
+    study: Study, settings: QueryConfig, label: int, labels: Labels
+) -> tuple[str, list[tuple[float, float]], float]:
+    """A row of the table, (confidence, share of the answer that is right) of every answer, and what ROIs can reach."""
     index, reach = study.index, []
     rows: list[tuple[float, float, float, float]] = []
     masks = {n: study.folder.store.read(n).masks(index.columns["roi"][index.rows(n)]) for n in index.subjects}
@@ -91,12 +95,12 @@ def quality(study: Study, label: int, labels: Labels) -> tuple[str, list[tuple[f
             continue
         reach.append(dice(best_rois(study, name, truth), truth))
         start = time.process_time()
-        result = ask(study, name, Seed("label", (label,)))
+        result = ask(study, name, Seed("label", (label,)), settings)
         seconds += time.process_time() - start
         half = len(result.ranked) // 2
         for rank, position in enumerate(result.ranked.tolist()):
             other = index.subjects[position]
-            answers = answers_of(result, position)
+            answers = result.found.of_subject(position)
             found, sought = np.zeros_like(labels[other], bool), labels[other] == label
             for row in result.found.row[answers].tolist():
                 found[index.columns["slice"][row]] |= masks[other][row - index.start[position]]
@@ -109,7 +113,7 @@ def quality(study: Study, label: int, labels: Labels) -> tuple[str, list[tuple[f
         f"| {values[:, 2].mean():.3f} | {values[values[:, 3] > 0, 2].mean():.3f} | {np.mean(reach):.3f} "
         f"| {1000 * seconds / len(reach):.0f} |"
     )
-    return line, [(row[0], row[1]) for row in answered]
+    return line, [(row[0], row[1]) for row in answered], float(np.mean(reach))
 
 
 def print_quality(options: argparse.Namespace) -> None:
@@ -122,15 +126,19 @@ def print_quality(options: argparse.Namespace) -> None:
             name: read_labels(study.subject(name).label, study.folder.store.geometry(name))
             for name in study.index.subjects
         }
-        variants = {"": study}
         spatial = replace(study.config.match.spatial, min_overlap=-1.0, calibration=(-6.0, 8.0, 0.0))
-        alone = study.config.model_copy(update={"match": replace(study.config.match, spatial=spatial)})
-        variants[" alone"] = replace(study, config=alone)
-        for title, variant in variants.items():
+        config = study.config.model_copy(update={"match": replace(study.config.match, spatial=spatial)})
+        straight = QueryConfig(relays=0)
+        variants = {
+            "": (study, QueryConfig()),
+            ", straight": (study, straight),
+            ", alone": (replace(study, config=config), straight),
+        }
+        for title, (variant, settings) in variants.items():
             for label in values:
-                line, pairs = quality(variant, label, labels)
+                line, pairs, reach = quality(variant, settings, label, labels)
                 print(f"| {group}{title} {line}", flush=True)
-                known += pairs if not title and group != "msd_hippocampus" else []
+                known += pairs if not title and reach > 0.5 else []
     confidence, right = np.array(known).T
     print("\n| confidence of a subject | subjects | mean | share of the answer that is right |\n|---|---|---|---|")
     for low, high in itertools.pairwise(BINS):
@@ -180,7 +188,7 @@ def print_speed(root: Path, queries: int) -> None:
         }
         prototypes = columns["prototypes"][rows][track].astype(np.float32)
         region = Region(columns["slice"][rows][track], np.zeros((len(track), 1, 1), bool), prototypes, **own)
-        found = answer_all(study.index, name, region, study.config.match, QueryConfig())
+        found = answer_with_relays(study.index, name, region, study.config.match, QueryConfig())
         timed(f"region of {len(track)} slices", start, f"found in {(found.total > 0).mean():.0%}")
 
 

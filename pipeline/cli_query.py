@@ -28,6 +28,9 @@ def query(
     top: Annotated[int, typer.Option("--top", help="Subjects on the contact sheets; 0 draws none.")] = 23,
     masks: Annotated[bool, typer.Option("--masks", help="Also a label map for each subject.")] = False,
     min_confidence: Annotated[float, typer.Option("--min-confidence", help="Least confidence of a ROI, 0 to 1.")] = 0.3,
+    relays: Annotated[
+        int | None, typer.Option("--relays", help="Surest subjects that ask again; 0 to 6 by the size of the cohort.")
+    ] = None,
     stored: Annotated[bool, typer.Option("--stored", help="Choose among the stored ROIs; do not prompt SAM.")] = False,
 ) -> None:
     """Find a region of one subject in all others, from the embeddings alone: the table STUDY/queries."""
@@ -39,12 +42,12 @@ def query(
     from pipeline.query import ask, open_study, write_answers
     from pipeline.query_sheet import write_masks, write_sheets
 
-    if top < 0 or not 0 <= min_confidence < 1:
-        raise UsageError("--top must be 0 or more, and --min-confidence at least 0 and below 1")
+    if top < 0 or (relays or 0) < 0 or not 0 <= min_confidence < 1:
+        raise UsageError("--top and --relays must be 0 or more, and --min-confidence at least 0 and below 1")
     seed, start = _seed(point, point_mm, box, label), time.perf_counter()
     opened = open_study(study)
     opening = time.perf_counter() - start
-    settings = QueryConfig(min_confidence=min_confidence)
+    settings = QueryConfig(min_confidence=min_confidence, relays=relays)
     result = ask(opened, subject, seed, settings, name=name, prompt=not stored)
     path = write_answers(result)
     found, others = int((result.found.total[result.ranked] > 0).sum()), len(result.ranked)

@@ -7,11 +7,9 @@ STUDY/query_index/              prototypes of all subjects in one place, made by
 
 from __future__ import annotations
 
-import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.algorithms.matching import MatchConfig
-from pipeline.algorithms.query import Answers, Block, QueryConfig, Regions, answer, choose_context, subject_confidence
+from pipeline.algorithms.query import QueryConfig
 from pipeline.config import StudyConfig, make_config
 from pipeline.errors import UsageError
 from pipeline.folder import StudyFolder
+from pipeline.query_answers import Found, answer_with_relays
 from pipeline.query_region import Region, RegionFinder, Seed
 from pipeline.record import planned_subjects
 from storage import tables
@@ -35,33 +33,7 @@ from storage.signature import digest
 
 TABLE = "queries"
 VERSION = 1
-_BLOCK = 16  # subjects at once: what they need stays near the processor
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~-]{0,99}")
-
-
-@dataclass(frozen=True)
-class Found:
-    """Answers of a whole cohort.
-
-    Attributes:
-        subject: int64 [n], position in the index; the other arrays [n] likewise per answer.
-        row: int64, row in the index. region: int64, of the query region's masks.
-        similarity, overlap, confidence: float32, 0..1.
-        total: float64 [S], confidence of every subject.
-    """
-
-    subject: npt.NDArray[np.int64]
-    row: npt.NDArray[np.int64]
-    region: npt.NDArray[np.int64]
-    similarity: npt.NDArray[np.float32]
-    overlap: npt.NDArray[np.float32]
-    confidence: npt.NDArray[np.float32]
-    total: npt.NDArray[np.float64]
-
-    def ranked(self, without: int) -> npt.NDArray[np.int64]:
-        """Positions of the subjects but one, the surest first."""
-        order = np.argsort(-self.total, kind="stable")
-        return np.asarray(order[order != without])
 
 
 @dataclass(frozen=True)
@@ -161,91 +133,15 @@ def ask(
         raise UsageError(f"--name {chosen!r} must be letters, digits and . _ ~ -, and begin with a letter or digit")
     region = RegionFinder(study.folder.store, study.config, row, prompt).find(seed)
     middle = time.perf_counter()
-    found = answer_all(study.index, subject, region, study.config.match, settings or QueryConfig())
+    found = answer_with_relays(study.index, subject, region, study.config.match, settings or QueryConfig())
     seconds = {"region": middle - start, "answers": time.perf_counter() - middle}
     return QueryResult(study, chosen, row, region, found, seconds)
-
-
-def answer_all(
-    index: QueryIndex,
-    subject: str,
-    region: Region,
-    match: MatchConfig,
-    settings: QueryConfig,
-    threads: int | None = None,
-) -> Found:
-    """The region in every subject of an index, itself included; `threads` None is one for every processor."""
-    regions = _with_context(index, subject, region, settings)
-    spans = [(low, min(low + _BLOCK, len(index.subjects))) for low in range(0, len(index.subjects), _BLOCK)]
-
-    def answer_span(span: tuple[int, int]) -> tuple[Answers, tuple[int, int]]:
-        return answer(regions, _block(index, *span), match.epsilon, match.spatial, settings), span
-
-    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
-        parts = list(pool.map(answer_span, spans))
-    subject_of = np.concatenate([found.subject + low for found, (low, _) in parts])
-    row = index.start[subject_of] + np.concatenate([found.roi for found, _ in parts])
-    columns = {
-        name: np.concatenate([getattr(found, name) for found, _ in parts])
-        for name in ("region", "similarity", "overlap", "confidence")
-    }
-    area = np.asarray(index.columns["area_mm2"][row], np.float64)
-    total = subject_confidence(subject_of, area, columns["confidence"], len(index.subjects))
-    return Found(subject_of, row, **columns, total=total)
 
 
 def write_answers(result: QueryResult) -> Path:
     """Write the table of a query."""
     root = result.study.folder.root
     return tables.write_part(root, TABLE, result.name, _table(result))
-
-
-def answers_of(result: QueryResult, position: int) -> npt.NDArray[np.int64]:
-    """Answers of one subject, positions in `result.found`."""
-    low, high = np.searchsorted(result.found.subject, [position, position + 1])
-    return np.arange(low, high)
-
-
-def _with_context(index: QueryIndex, subject: str, region: Region, settings: QueryConfig) -> Regions:
-    """The region's slices as regions asked for, then the ROIs of its subject that lie nearest."""
-    rows, number = index.rows(subject), index.subjects.index(subject)
-    centroid = np.asarray(index.columns["centroid_mm"][rows], np.float64)
-    around = choose_context(centroid, region.centroid_mm, settings.context)
-    slices = np.concatenate([region.slices, index.columns["slice"][rows][around]])
-
-    def both(own: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
-        return np.concatenate([own, index.columns[name][rows][around].astype(own.dtype)])
-
-    return Regions(
-        both(region.prototypes, "prototypes"),
-        both(region.centroid_mm, "centroid_mm"),
-        both(region.covariance_mm2, "covariance_mm2"),
-        (slices + 0.5) / index.n_slices[number],
-        len(region.slices),
-    )
-
-
-def _block(index: QueryIndex, low: int, high: int) -> Block:
-    """The subjects from `low` to `high`, padded to the largest."""
-    counts = np.diff(index.start[low : high + 1])
-    inside = np.arange(counts.max(initial=0)) < counts[:, None]
-    rows = slice(int(index.start[low]), int(index.start[high]))
-
-    def padded(name: str, empty: Sequence[float]) -> npt.NDArray[np.float64]:
-        values = index.columns[name][rows]
-        full = np.empty((*inside.shape, *values.shape[1:]))
-        full[~inside] = empty
-        full[inside] = values
-        return full
-
-    return Block(
-        np.asarray(index.columns["prototypes"][rows], np.float32),
-        inside,
-        padded("centroid_mm", [0, 0, 0]),
-        padded("covariance_mm2", [1, 0, 1]),
-        np.where(inside, (padded("slice", [0]) + 0.5) / index.n_slices[low:high, None], -9.0),
-        index.height_mm[low:high],
-    )
 
 
 def _table(result: QueryResult) -> pa.Table:
@@ -257,7 +153,7 @@ def _rows(result: QueryResult) -> Iterator[dict[str, Any]]:
     index, found = result.study.index, result.found
     key = digest({"index": index.signature, "version": VERSION, "region": result.region.prototypes.tolist()})
     for rank, position in enumerate(result.ranked.tolist(), 1):
-        here = answers_of(result, position)
+        here = found.of_subject(position)
         shared = {
             "query": result.name,
             "asked": result.subject.subject,

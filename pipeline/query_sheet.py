@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.dispatch import Failure, attempt
-from pipeline.query import QueryResult, answers_of
+from pipeline.query import QueryResult
 from pipeline.report_figures import encode_png
 from pipeline.slice_drawing import COLOURS, draw_grey, draw_outline, grey_of, read_encoded
 from storage import warping
@@ -69,7 +69,7 @@ def write_sheets(result: QueryResult, top: int) -> tuple[list[Path], list[Failur
     found = []
     for rank, position in enumerate(result.ranked[:top].tolist(), 1):
         name = result.study.index.subjects[position]
-        here = answers_of(result, position)
+        here = result.found.of_subject(position)
         if not len(here):
             break
         best = here[np.argmax(result.found.confidence[here])]
@@ -109,7 +109,7 @@ def write_masks(result: QueryResult) -> tuple[int, list[Failure]]:
 
     def write(unit: _Unit) -> Path:
         stored = store.read(unit.unit)
-        rows = result.found.row[answers_of(result, unit.z)]
+        rows = result.found.row[result.found.of_subject(unit.z)]
         volume = np.zeros(stored.geometry.shape, np.uint8)
         for z, mask in zip(columns["slice"][rows].tolist(), stored.masks(columns["roi"][rows]), strict=True):
             volume[z] |= mask

@@ -15,7 +15,15 @@ from typer.testing import CliRunner
 from pipeline import phantom
 from pipeline.algorithms import query_map
 from pipeline.algorithms.consistency import SpatialConfig
-from pipeline.algorithms.query import Block, QueryConfig, Regions, answer, choose_context, region_at_point
+from pipeline.algorithms.query import (
+    Block,
+    QueryConfig,
+    Regions,
+    answer,
+    choose_context,
+    mean_of_passes,
+    region_at_point,
+)
 from pipeline.cli import app
 from pipeline.config import make_config
 from pipeline.query import ask, open_study
@@ -152,7 +160,7 @@ def test_an_image_that_is_gone_costs_its_panel_only(copy: Path) -> None:
         (["--subject", "a", "--point", "0,0,2"], "no ROI of 'a' holds this point"),
         (["--subject", "a", "--box", "0,0,0,1,1,1"], "no ROI of 'a' fills this box"),
         (["--subject", "a", "--label", "1", "--name", "../x"], "must be letters, digits"),
-        (["--subject", "a", "--label", "1", "--min-confidence", "1"], "--min-confidence at least 0 and below 1"),
+        (["--subject", "a", "--label", "1", "--min-confidence", "1"], "and --min-confidence at least 0 and below 1"),
     ],
 )
 def test_wrong_usage(study: Path, arguments: list[str], expected: str) -> None:
@@ -273,6 +281,30 @@ def test_the_consensus_of_a_block_is_that_of_each_subject() -> None:
     assert np.abs(place - clean).max() < 1.5
 
 
+def test_the_mean_of_passes_counts_a_pass_without_the_roi_as_zero() -> None:
+    row = np.array([0, 1, 2, 1, 2, 3])
+    slices = np.array([0, 0, 1, 0, 1, 2])
+    subject = np.array([5, 5, 5, 5, 5, 6])
+    confidence = np.array([0.9, 0.8, 0.4, 0.8, 0.6, 0.9], np.float32)
+    weight = np.array([1.0, 1.0, 1.0, 0.5, 0.5, 0.5])
+    chosen, mean = mean_of_passes(row, slices, subject, confidence, weight, 1.5)
+    assert row[chosen].tolist() == [1, 2, 3]  # ROI 0 was found once only
+    np.testing.assert_allclose(mean, [0.8, 0.7 / 1.5, 0.45 / 1.5], atol=1e-6)
+    assert chosen.tolist() == [1, 2, 5]  # the surest of the answers that name a ROI
+
+
+def test_the_surest_subjects_ask_again(study: Path) -> None:
+    opened, seed = open_study(study), Seed("label", (2,))
+    straight = ask(opened, "a", seed, QueryConfig(relays=0)).found
+    through = ask(opened, "a", seed, QueryConfig(relays=2)).found
+    np.testing.assert_array_equal(straight.row, through.row)
+    assert (np.diff(through.subject) >= 0).all()
+    assert not np.array_equal(straight.confidence, through.confidence)
+    region = ask(opened, "a", seed).region
+    same = opened.index.columns["slice"][through.row] == region.slices[through.region]
+    assert same.mean() > 0.7
+
+
 def test_small_pieces() -> None:
     best, weight = query_map.mutual_best(np.array([[[0.9, 0.8], [0.1, 0.7]]], np.float32))
     assert best.tolist() == [[0, 0]]
@@ -284,3 +316,5 @@ def test_small_pieces() -> None:
     assert region_at_point(centres, np.array([400.0, 400.0]), quality, place) == 1
     with pytest.raises(ValueError, match="at least 4 ROIs"):
         QueryConfig(context=3)
+    with pytest.raises(ValueError, match="relays is -1; it must be 0 or more"):
+        QueryConfig(relays=-1)

@@ -28,6 +28,8 @@ class QueryConfig:
         near: distance at which a partner of a context ROI counts 0.6, as a share of the spread of the regions.
         trials: samples of the consensus affine.
         min_confidence: least confidence of an answer, 0..1.
+        relays: surest subjects through which the others are asked once more; None takes as many, 6 at most, as ask
+            1,000 subjects in all.
     """
 
     context: int = 64
@@ -35,12 +37,15 @@ class QueryConfig:
     near: float = 0.5
     trials: int = 32
     min_confidence: float = 0.3
+    relays: int | None = None
 
     def __post_init__(self) -> None:
         if self.context < 4:
             raise ValueError(f"context is {self.context}; a map needs at least 4 ROIs")
         if not 0 <= self.min_confidence < 1:
             raise ValueError(f"min_confidence is {self.min_confidence:g}; it must be in [0, 1)")
+        if self.relays is not None and self.relays < 0:
+            raise ValueError(f"relays is {self.relays}; it must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,30 @@ def answer(regions: Regions, block: Block, epsilon: float, spatial: SpatialConfi
     found = Answers(subject, roi, region, similarity, share, confidence(similarity, share, spatial))
     sure = np.flatnonzero((share > spatial.min_overlap) & (found.confidence >= config.min_confidence))
     return _best_of_each_slice(found, sure, block)
+
+
+def mean_of_passes(
+    row: Index, roi_slice: npt.NDArray[np.integer], subject: Index, confidence: Float, weight: Array, total: float
+) -> tuple[Index, Float]:
+    """Several answers to one question in one: the ROI of every slice with the best mean confidence.
+
+    Args:
+        row: [n] ROI of each answer of all passes, a number that no two ROIs share.
+        roi_slice, subject: [n] of the ROI.
+        confidence: [n]. weight: [n], of its pass; total: sum over the passes, also those in which a ROI is no answer.
+
+    Returns:
+        Positions of the chosen ROIs' surest answers, by subject and slice, and their mean confidences.
+    """
+    unique, inverse = np.unique(row, return_inverse=True)
+    mean = np.bincount(inverse, weight * confidence, minlength=len(unique)) / total
+    surest = np.lexsort((-weight * confidence, row))
+    first = np.concatenate([[True], np.diff(row[surest]) > 0])[: len(surest)]
+    each = surest[first]
+    order = np.lexsort((unique, -mean, roi_slice[each], subject[each]))
+    same = (np.diff(subject[each][order]) == 0) & (np.diff(roi_slice[each][order]) == 0)
+    best = order[np.concatenate([[True], ~same])[: len(order)]]
+    return each[best], mean[best].astype(np.float32)
 
 
 def subject_confidence(subject: Index, area: Array, value: Float, count: int) -> Array:
