@@ -100,8 +100,9 @@ def open_study(root: Path) -> Study:
     run, plan = folder.read_run(), folder.read_plan()
     if run is None or plan is None:
         raise UsageError(f"{root} is not a study folder: it has no run.yaml and plan.json; start one with samreg run")
+    wanted = {name: keys["prototypes"] for name, keys in plan["subjects"].items() if keys is not None}
     try:
-        index = open_index(folder.store, folder.root / "query_index")
+        index = open_index(folder.store, folder.root / "query_index", wanted)
     except QueryIndexError as error:
         raise UsageError(str(error)) from None
     return Study(folder, make_config(run["config"]), {s.subject: s for s in planned_subjects(plan)}, index)

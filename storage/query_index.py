@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,17 +76,30 @@ class QueryIndex:
         return slice(int(self.start[number]), int(self.start[number + 1]))
 
 
-def open_index(store: EmbeddingStore, root: Path) -> QueryIndex:
-    """The index of every subject that has prototypes, made anew if the store has changed.
+def open_index(store: EmbeddingStore, root: Path, wanted: Mapping[str, str] | None = None) -> QueryIndex:
+    """The index of the subjects that have prototypes, made anew if the store has changed.
+
+    Args:
+        store: prototypes of the subjects.
+        root: folder of the index.
+        wanted: digest of the prototypes' signature of each subject; others, and prototypes made otherwise, are left
+            out. None takes whatever the store holds.
 
     Raises:
         QueryIndexError: for a store without prototypes, with ROIs that are classes, or of different backends.
         OSError: naming the index, for example when the disk is full.
     """
-    signatures = {name: store.prototypes_signature(name) for name in store.subjects()}
-    known = {name: found for name, found in signatures.items() if found is not None}
+    names = store.subjects() if wanted is None else sorted(wanted)
+    signatures = {name: store.prototypes_signature(name) for name in names}
+    known = {
+        name: found
+        for name, found in signatures.items()
+        if found is not None and (wanted is None or digest(found) == wanted[name])
+    }
     if not known:
-        raise QueryIndexError(f"{store.root} holds no prototypes; run samreg run --until prototypes first")
+        raise QueryIndexError(
+            f"{store.root} holds no prototypes of this cohort; run samreg run --until prototypes first"
+        )
     signature = digest({"version": _VERSION, "subjects": known})
     folder = root / signature
     if not (folder / _MARKER).exists():

@@ -147,6 +147,14 @@ def test_an_image_that_is_gone_costs_its_panel_only(copy: Path) -> None:
     assert (copy / "queries" / "a_label-1" / "sheet-1.png").exists()
 
 
+def test_subjects_that_left_the_cohort_are_not_asked(copy: Path) -> None:
+    plan = json.loads((copy / "plan.json").read_text())
+    del plan["subjects"]["c"]
+    plan["subjects"]["b"]["prototypes"] = "made otherwise since"
+    (copy / "plan.json").write_text(json.dumps(plan))
+    assert open_study(copy).index.subjects == sorted({"a", HOSTILE})
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -211,7 +219,7 @@ def test_the_index_is_made_once_for_what_the_store_holds(copy: Path) -> None:
 
 
 def test_stores_that_cannot_be_asked(copy: Path, tmp_path: Path) -> None:
-    with pytest.raises(QueryIndexError, match="holds no prototypes"):
+    with pytest.raises(QueryIndexError, match="holds no prototypes of this cohort"):
         open_index(EmbeddingStore(tmp_path / "none.zarr"), tmp_path / "index")
     store = EmbeddingStore(copy / "embeddings.zarr")
     stored = store.read_prototypes("b")
