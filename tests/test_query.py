@@ -219,7 +219,7 @@ def test_the_index_is_made_once_for_what_the_store_holds(copy: Path) -> None:
 
 
 def test_stores_that_cannot_be_asked(copy: Path, tmp_path: Path) -> None:
-    with pytest.raises(QueryIndexError, match="holds no prototypes of this cohort"):
+    with pytest.raises(QueryIndexError, match="has no prototypes of this cohort"):
         open_index(EmbeddingStore(tmp_path / "none.zarr"), tmp_path / "index")
     store = EmbeddingStore(copy / "embeddings.zarr")
     stored = store.read_prototypes("b")
@@ -326,3 +326,24 @@ def test_small_pieces() -> None:
         QueryConfig(context=3)
     with pytest.raises(ValueError, match="relays is -1; it must be 0 or more"):
         QueryConfig(relays=-1)
+
+
+@pytest.mark.slow
+def test_the_left_ventricle_is_found_in_real_hearts(shared_data: Path, tmp_path: Path) -> None:
+    folder = shared_data / "mnms_cardiac"
+    images = sorted(folder.glob("*/*/*_ED.nii.gz"))[:6]
+    rows = [
+        {"subject": path.name[:6], "image": str(path), "label": str(path).replace("_ED.nii.gz", "_ED_gt.nii.gz")}
+        for path in images
+    ]
+    cohort = read_cohort(phantoms.write_csv(tmp_path / "cohort.csv", rows))
+    run_study(make_config({"execution": {"executor": "serial"}}), cohort, tmp_path / "study", until="prototypes")
+    code, said = _call(tmp_path / "study", "--subject", rows[0]["subject"], "--label", 1, "--masks", "--name", "lv")
+    assert code == 0, said
+    overlaps = []
+    for row in rows[1:]:
+        path = tmp_path / "study" / "queries" / "lv" / "masks" / f"{row['subject']}.nii.gz"
+        found, truth = (sitk.GetArrayFromImage(sitk.ReadImage(str(p))) for p in (path, row["label"]))
+        overlaps.append(_dice(found == 1, truth == 1))
+    assert np.mean(overlaps) > 0.65
+    assert min(overlaps) > 0.3
