@@ -139,6 +139,8 @@ def print_quality(options: argparse.Namespace) -> None:
                 line, pairs, reach = quality(variant, settings, label, labels)
                 print(f"| {group}{title} {line}", flush=True)
                 known += pairs if not title and reach > 0.5 else []
+    if not known:
+        return
     confidence, right = np.array(known).T
     print("\n| confidence of a subject | subjects | mean | share of the answer that is right |\n|---|---|---|---|")
     for low, high in itertools.pairwise(BINS):

@@ -219,7 +219,7 @@ def test_the_index_is_made_once_for_what_the_store_holds(copy: Path) -> None:
 
 
 def test_stores_that_cannot_be_asked(copy: Path, tmp_path: Path) -> None:
-    with pytest.raises(QueryIndexError, match="has no prototypes of this cohort"):
+    with pytest.raises(QueryIndexError, match="holds no prototypes of this cohort"):
         open_index(EmbeddingStore(tmp_path / "none.zarr"), tmp_path / "index")
     store = EmbeddingStore(copy / "embeddings.zarr")
     stored = store.read_prototypes("b")
