@@ -347,3 +347,14 @@ def test_the_left_ventricle_is_found_in_real_hearts(shared_data: Path, tmp_path:
         overlaps.append(_dice(found == 1, truth == 1))
     assert np.mean(overlaps) > 0.65
     assert min(overlaps) > 0.3
+
+
+def test_classes_are_not_asked_for(tmp_path: Path) -> None:
+    manifest = phantoms.write_cohort(tmp_path / "data", ["a", "b"])
+    rows = manifest.read_text().replace("label", "segmentation", 1)
+    manifest.write_text(rows)
+    config = make_config({"segmenter": "labels", "execution": {"executor": "serial"}})
+    run_study(config, read_cohort(manifest), tmp_path / "study", until="prototypes")
+    code, said = _call(tmp_path / "study", "--subject", "a", "--label", 1)
+    assert code == 2
+    assert "the ROIs of 'a' are classes, which are the same in every subject" in said
