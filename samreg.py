@@ -3,6 +3,9 @@
 import samreg
 result = samreg.register_pair("fixed.nii.gz", "moving.nii.gz")
 result.ddf.shape, result.metrics, result.correspondences
+
+study = samreg.open_study("study")
+study.table("metrics"), study.subject("p01").image, study.pair("p02__p01").transform, study.overlay("p02__p01")
 """
 
 from __future__ import annotations
@@ -20,9 +23,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from pipeline.config import StudyConfig
+    from pipeline.notebook import OpenStudy
     from pipeline.study import StudySummary
 
-__all__ = ["Registration", "load_config", "read_table", "register_pair", "run_study", "status"]
+__all__ = ["Registration", "load_config", "open_study", "read_table", "register_pair", "run_study", "status"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,17 @@ def run_study(cohort: str | Path, out: str | Path, config: Any = None, pairs: st
 
     request = make_request(load_config(config), Path(cohort), None if pairs is None else str(pairs))
     return study.run_study(request.config, request.cohort, out, request.pairs, request.unknown)
+
+
+def open_study(study: str | Path) -> OpenStudy:
+    """Open a study folder: its tables, volumes and transforms are read when they are asked for.
+
+    Raises:
+        UsageError: for a folder that is no study.
+    """
+    from pipeline.notebook import OpenStudy
+
+    return OpenStudy(study)
 
 
 def read_table(study: str | Path, name: str) -> pd.DataFrame:

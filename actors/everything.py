@@ -163,6 +163,23 @@ def segment_everything(
     return [_suppress(slice_found, geometry, config.box_nms) for slice_found in found]
 
 
+def prompted_masks(
+    decoder: PromptDecoder, context: ImageContext, prompts: torch.Tensor, geometry: SliceGeometry, multimask: bool
+) -> list[Candidates]:
+    """Masks of one prompt per image, none filtered out: prompt tokens [I, t, C], as many as the context has images."""
+    decoded = decoder.decode(context, list(range(len(prompts))), prompts)
+    quality, token = decoder.choose(decoded.iou, multimask)
+    rows = torch.arange(len(prompts), device=token.device).repeat_interleave(token.shape[1])
+    logits = decoder.logits(context, decoded, rows, token.flatten())
+    everything = EverythingConfig(pred_iou_threshold=0.0, stability_threshold=0.0)
+    _, masks, stability = score_masks(logits, geometry, geometry.mask_maps(4 * decoder.grid, logits.device), everything)
+    shape = (len(prompts), token.shape[1])
+    return [
+        Candidates(*(values.cpu().numpy() for values in found))
+        for found in zip(masks.view(*shape, *masks.shape[1:]), quality.float(), stability.view(shape), strict=True)
+    ]
+
+
 def _queue(
     slices: npt.NDArray[np.uint8], geometry: SliceGeometry, config: EverythingConfig
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:

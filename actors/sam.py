@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from actors.everything import CPU_PASS, CUDA_PASS, PassSize, segment_everything
+from actors.everything import CPU_PASS, CUDA_PASS, PassSize, prompted_masks, segment_everything
 from actors.preprocess import prepare, slice_geometry
 from actors.sam_checkpoint import read_checkpoint
 from actors.sam_config import SamConfig
@@ -79,6 +79,40 @@ class SamSegmenter:
         with torch.inference_mode(), self._precision():
             context = self.decoder.context(features.embedding, features.early)
             return segment_everything(self.decoder, context, slices, geometry, self._everything, self._pass_size())
+
+    def prompt(
+        self,
+        slices: npt.NDArray[np.uint8],
+        features: Features,
+        points: Sequence[tuple[float, float]] | None = None,
+        boxes: Sequence[tuple[float, float, float, float]] | None = None,
+    ) -> list[Candidates]:
+        """Masks of one prompt in each slice.
+
+        Args:
+            slices: uint8 [B, H, W, 3]; as in `everything` only their shape is looked at, but by HQ-SAM.
+            features: of the slices.
+            points: (x, y) in pixels, one per slice: three masks each (HQ-SAM: one).
+            boxes: (x0, y0, x1, y1) instead, edges in pixels: one mask each.
+
+        Raises:
+            ValueError: unless there is either a point or a box for every slice.
+        """
+        prompts = [given for given in (points, boxes) if given is not None]
+        if len(prompts) != 1 or len(prompts[0]) != len(slices):
+            raise ValueError(f"{len(slices)} slices need as many points, or as many boxes")
+        geometry = slice_geometry(slices.shape[1], slices.shape[2], self.model.model_size, self._rule)
+        if not isinstance(features, SamFeatures):
+            features = self._restore(slices, features)
+        place = geometry.to_model(np.asarray(prompts[0], np.float64).reshape(len(slices), -1, 2))
+        xy = torch.from_numpy(place.astype(np.float32)).to(self.model.device)
+        with torch.inference_mode(), self._precision():
+            context = self.decoder.context(features.embedding, features.early)
+            if points is None:
+                tokens = self.decoder.embed_boxes(xy.flatten(1))
+            else:
+                tokens = self.decoder.embed_points(xy, torch.ones(len(xy), 1, device=xy.device))
+            return prompted_masks(self.decoder, context, tokens, geometry, points is not None)
 
     def _restore(self, slices: npt.NDArray[np.uint8], features: Features) -> SamFeatures:
         if self.decoder.high_quality:

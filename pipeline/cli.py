@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from pipeline import cli_cohort, cli_demo, cli_export, cli_report, cli_sweep, cli_weights
+from pipeline import cli_cohort, cli_demo, cli_export, cli_query, cli_report, cli_sweep, cli_weights
 
 if TYPE_CHECKING:
     from pipeline.config import StudyConfig
@@ -238,6 +238,7 @@ _mount(cli_report.report)
 _mount(cli_sweep.sweep)
 _mount(cli_export.export)
 _mount(cli_export.apply)
+_mount(cli_query.query)
 _mount(cli_demo.demo)
 _mount(cli_cohort.rois, cohort_app)
 _mount(cli_cohort.from_layout, cohort_app, "from")

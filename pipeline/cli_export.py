@@ -24,7 +24,8 @@ def export(
     *,
     out: OutOption,
     formats: Annotated[
-        list[str] | None, typer.Option("--format", help="itk, nifti, ants or learn2reg; repeatable.")
+        list[str] | None,
+        typer.Option("--format", help="Transforms: itk, nifti, ants, learn2reg; tables: csv, duckdb. Repeatable."),
     ] = None,
     pairs: Annotated[list[str] | None, typer.Option("--pairs", help="Name of a pair; repeatable. All.")] = None,
     images: Annotated[bool, typer.Option("--images", help="Also the warped moving images.")] = False,
@@ -34,13 +35,18 @@ def export(
         bool, typer.Option("--dense", help="itk: a vector for every voxel, not a coarse lattice.")
     ] = False,
 ) -> None:
-    """Write the transforms of a study for other programs, and warped images and labels."""
+    """Write the transforms of a study for other programs, warped images and labels, and its tables."""
     from pipeline.export import ExportRequest, export_study
+    from pipeline.export_tables import export_tables
 
     request = ExportRequest(tuple(formats or ("itk",)), dense, images, labels, cast("LabelRule", label_rule))
+    for path in export_tables(study, out, request.table_formats) if request.table_formats else ():
+        typer.echo(str(path))
+    if not request.of_pairs:
+        return
     summary = export_study(study, out, request, pairs or ())
     typer.echo(f"{out}: {summary.done} pairs")
-    _end_with(summary.failures)
+    end_with(summary.failures)
 
 
 def apply(
@@ -81,10 +87,10 @@ def apply(
     done, failures = apply_to(mapping, jobs, out, Options(cast("LabelRule", label_rule), fill))
     for path in done:
         typer.echo(str(path))
-    _end_with(failures)
+    end_with(failures)
 
 
-def _end_with(failures: Sequence[Failure]) -> None:
+def end_with(failures: Sequence[Failure]) -> None:
     """Say what failed; exit code 1 if anything did."""
     for failure in failures[:SHOWN]:
         typer.echo(f"failed {failure.unit}: {failure.message}", err=True)

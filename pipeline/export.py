@@ -8,6 +8,8 @@
                     ..._image.nii.gz ..._dseg.nii.gz                  moving image and labels on the fixed grid
     OUT/disp_<fixed>_<moving>.nii.gz                                  learn2reg
 
+The formats of `pipeline.export_tables` are for the tables.
+
 Names follow BIDS derivatives: `mode-image` is a transform that warps images of `from` onto the grid of `sub`, and
 labels are the letters and digits of the subject's name.
 """
@@ -23,6 +25,7 @@ import SimpleITK as sitk  # noqa: N813 (its own documentation's name)
 
 from pipeline.dispatch import Failure, attempt
 from pipeline.errors import StudyError, UsageError
+from pipeline.export_tables import TABLE_FORMATS
 from pipeline.pair_files import bids_labels, bids_stems, learn2reg_names, read_study_pairs
 from storage import exports, warping
 from storage.atomic import clear_abandoned, replace_file
@@ -31,7 +34,7 @@ from storage.geometry import Geometry
 from storage.images import read_labels
 from storage.transforms import encode, read_transform, transform_signature
 
-FORMATS = ("itk", "nifti", "ants", "learn2reg")
+FORMATS = ("itk", "nifti", "ants", "learn2reg", *TABLE_FORMATS)
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,16 @@ class ExportRequest:
             raise UsageError(f"--format {unknown[0]} is not one of {', '.join(FORMATS)}")
         if self.rule not in ("nearest", "linear"):
             raise UsageError(f"--label-rule {self.rule} is not one of nearest, linear")
+
+    @property
+    def table_formats(self) -> tuple[str, ...]:
+        """Those of the formats that hold tables."""
+        return tuple(name for name in self.formats if name in TABLE_FORMATS)
+
+    @property
+    def of_pairs(self) -> bool:
+        """Whether anything is to be written for each pair."""
+        return self.images or self.labels or len(self.table_formats) < len(self.formats)
 
 
 @dataclass(frozen=True)
@@ -140,7 +153,8 @@ def export_pair(files: PairExport, request: ExportRequest) -> None:
         OSError: naming the file, for example when the disk is full.
     """
     for name in request.formats:
-        _WRITERS[name](files, request)
+        if name in _WRITERS:
+            _WRITERS[name](files, request)
     if not (request.images or request.labels):
         return
     transform = warping.read_itk_transform(files.source)

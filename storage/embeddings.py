@@ -175,6 +175,11 @@ class EmbeddingStore:
         arrays = {name: read_column(folder / name) for name in record["arrays"]}
         return record["signature"], arrays
 
+    def prototype_shape(self, subject: str) -> tuple[int, ...]:
+        """[N, C] of the prototypes of a subject that has them; reads no array."""
+        metadata = json.loads((self._prototypes(subject) / "prototypes" / "zarr.json").read_text())
+        return tuple(metadata["shape"])
+
     def drop_features(self, subject: str) -> None:
         """Delete the feature maps of a subject; masks, columns and prototypes stay.
 

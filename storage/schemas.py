@@ -114,6 +114,37 @@ COHORT_ROIS = _schema(
     ]
 )
 
+QUERIES = _schema(
+    [
+        ("query", _TEXT, "", "name of the query"),
+        ("asked", _TEXT, "", "subject that the region asked for is on"),
+        ("subject", _TEXT, "", "subject that it was looked for in; one row without a ROI where it was not found"),
+        ("rank", _INT, "", "place of the subject by its confidence, from 1"),
+        ("subject_confidence", _SCORE, "1", "mean of `confidence` weighted by area; 0 where it was not found"),
+        ("n_rois", _INT, "", "ROIs found in the subject, one per slice"),
+        ("roi", _INT, "", "row of the ROI in the embedding store, as in `rois`"),
+        ("slice", _INT, "voxel", "slice of the ROI"),
+        ("track", _INT, "", "track of the ROI, as in `rois`"),
+        ("asked_slice", _INT, "voxel", "slice of the region asked for that it is most like"),
+        (
+            "similarity",
+            _SCORE,
+            "1",
+            "cosine with the prototype of the region, or of the ROI that led to it, Eq. 6",
+        ),
+        ("overlap", _SCORE, "1", "overlap with the ellipse of that region where it was to be expected"),
+        (
+            "confidence",
+            _SCORE,
+            "1",
+            "how far the ROI is to be trusted, as in `correspondences`; mean over the subjects that led to it",
+        ),
+        *_zyx("centroid", "mm", _DATA_UNIT, "centroid of the ROI in its image's local frame"),
+        ("area_mm2", _MEASURE, _AREA_UNIT, "area of the ROI"),
+        ("key", _TEXT, "", "digest of the prototypes and the region"),
+    ]
+)
+
 
 def _tre(prefix: str, meaning: str) -> _Columns:
     stages = (
@@ -276,6 +307,7 @@ SCHEMAS = {
     "unmatched": UNMATCHED,
     "cohort_rois": COHORT_ROIS,
     "metrics": METRICS,
+    "queries": QUERIES,
     "failures": FAILURES,
     "runs": RUNS,
 }

@@ -120,7 +120,7 @@ def test_a_pair_that_fails_costs_only_itself(made: Path, tmp_path: Path) -> None
     ("arguments", "expected"),
     [
         (["--pairs", "subject-02_subject-01"], "has no pair 'subject-02_subject-01'; it has subject-02__subject-01"),
-        (["--format", "ants1"], "--format ants1 is not one of itk, nifti, ants, learn2reg"),
+        (["--format", "ants1"], "--format ants1 is not one of itk, nifti, ants, learn2reg, csv, duckdb"),
         (["--labels", "--label-rule", "cubic"], "--label-rule cubic is not one of nearest, linear"),
     ],
 )

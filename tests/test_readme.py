@@ -22,7 +22,7 @@ from tests import public_data
 from tests.phantoms import REPO, environment
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
-PAGES = ("README.md", "CONTRIBUTING.md", "deploy/README.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "deploy/README.md", "docs/analytics.md")
 
 
 def blocks(language: str, text: str = README) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,11 +16,17 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from actors.sam import SamSegmenter
+from actors.sam_config import SamConfig
 from actors.sam_weights import file_sha256
+from actors.segmenter import Features
 from pipeline.cli import app
 from pipeline.config import StudyConfig, make_config
 from pipeline.dispatch import Task
+from pipeline.errors import UsageError
 from pipeline.progress import SilentReporter
+from pipeline.query import ask, open_study
+from pipeline.query_region import Seed
 from pipeline.stages import encode
 from pipeline.status import read_status
 from pipeline.study import StudySummary, run_study
@@ -178,3 +186,39 @@ def test_a_gpu_that_is_not_there_is_refused(cohort: Path, checkpoint: Path, tmp_
     refused = _samreg_run(cohort, tmp_path / "study", *settings, "--device", "cuda", "--executor", executor)
     assert (refused.exit_code, len(refused.stderr.splitlines())) == (2, 1)
     assert "execution.device is cuda but there is no GPU here" in refused.stderr
+
+
+def test_a_query_prompts_the_decoder_on_stored_features(serial: Path, checkpoint: Path, tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    shutil.copytree(serial, study)
+    opened = open_study(study)
+    stored = EmbeddingStore(study / "embeddings.zarr").read("a")
+    assert stored.features is not None
+    features = Features(np.asarray(stored.features[1:], np.float32), stored.extent)
+    segmenter, blank = SamSegmenter(SamConfig("slimsam_77", str(checkpoint))), np.zeros((1, 64, 64, 3), np.uint8)
+    for x, y in itertools.product((5, 30, 55), repeat=2):
+        found = segmenter.prompt(blank, features, points=[(x + 0.5, y + 0.5)])[0]
+        surest = found.masks[found.quality.argmax()]
+        if surest.any():
+            break
+    region = ask(opened, "a", Seed("point", (x, y, 1))).region
+    np.testing.assert_array_equal(region.masks[region.slices == 1][0], surest)
+    stored_only = ask(opened, "a", Seed("point", (x, y, 1)), prompt=False).region
+    known = stored.masks()
+    assert all((mask == known).all(axis=(1, 2)).any() for mask in stored_only.masks)
+    boxed = segmenter.prompt(blank, features, boxes=[(10, 10, 51, 41)])[0]
+    assert boxed.masks.shape == (1, 64, 64)
+    seed = Seed("box", (10, 10, 1, 50, 40, 1))
+    if boxed.masks.any():
+        np.testing.assert_array_equal(ask(opened, "a", seed).region.masks, boxed.masks)
+    else:
+        with pytest.raises(UsageError, match="SAM finds no region there"):
+            ask(opened, "a", seed)
+
+
+def test_prompts_and_slices_are_as_many(checkpoint: Path) -> None:
+    segmenter, image = SamSegmenter(SamConfig("slimsam_77", str(checkpoint))), np.zeros((1, 16, 16, 3), np.uint8)
+    features = Features(np.zeros((1, 256, 64, 64), np.float32), (64.0, 64.0))
+    for prompts in ({}, {"points": [(1, 1)] * 2}, {"points": [(1, 1)], "boxes": [(0, 0, 1, 1)]}):
+        with pytest.raises(ValueError, match="1 slices need as many points, or as many boxes"):
+            segmenter.prompt(image, features, **prompts)
