@@ -156,7 +156,7 @@ class Grid {
       const value = column.values[row];
       if (column.words) {
         cell.textContent = column.words[value];
-        if (c) cell.className = "t";
+        if (c) cell.className = column.wide ? "t w" : "t";
       } else {
         cell.className = "n";
         if (value === value) {
@@ -179,7 +179,15 @@ class Grid {
 const grids = [...document.querySelectorAll("[data-grid]")].map(box => new Grid(box));
 Promise.all(grids.map(grid => grid.load())).then(() => {
   const onPaper = matchMedia("print");
-  const turn = printing => grids.forEach(grid => grid.print(printing));
+  const details = [...document.querySelectorAll("section > details")];
+  const turn = printing => {
+    grids.forEach(grid => grid.print(printing));
+    for (const found of details) {
+      if (printing && !found.open) found.dataset.opened = "";
+      if (printing || "opened" in found.dataset) found.open = printing;
+      if (!printing) delete found.dataset.opened;
+    }
+  };
   onPaper.addEventListener("change", change => turn(change.matches));
   addEventListener("beforeprint", () => turn(true));
   addEventListener("afterprint", () => turn(false));

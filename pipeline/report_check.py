@@ -26,9 +26,10 @@ def quality_section(data: ReportData, subjects: Subjects, album: Album) -> Html:
     known = int(np.isfinite(data.quality.score).sum())
     rule = (
         f"Every pair is compared with all others of this study, measure by measure: z is the distance from the median "
-        f"over the spread (1.4826 × the median absolute deviation, or a least spread that matters), positive where "
-        f"worse. The score is the mean of a pair's {WORST} largest z, each at most {LARGEST:g}; from {LIMIT:g} on a pair "
-        f"stands out. It is computed twice, without labels and, where there are any, from them; the larger counts. "
+        f"over the spread (1.4826 × the median absolute deviation, or a least spread that matters), positive "
+        f"where worse. The score is the mean of a pair's {WORST} largest z, each at most {LARGEST:g}; a pair stands "
+        f"out from {LIMIT:g} on, as 1 to 5 % of pairs do by chance alone. It is computed twice, without labels and, "
+        f"where there are any, from them; the larger counts. "
         f"Subjects are scored likewise, by the medians over their pairs and by their ROIs."
     )
     parts: list[object] = [element("p", "Which results are unlike the rest, found without looking at them.")]
@@ -78,15 +79,15 @@ def subjects_section(data: ReportData, subjects: Subjects) -> Html:
     measured = data.count("dice") > 0
     columns = [
         Column("subject", [subjects.names[i] for i in order]),
-        Column("score", score[order], 1, "score", LIMIT),
-        Column("why", [subjects.quality.reasons[i] for i in order]),
+        Column("score", score[order], 2, "score", LIMIT),
+        Column("why", [subjects.quality.reasons[i] for i in order], wide=True),
         *_texts(subjects, order),
         Column("ROIs", pick["rois"][order], 0, "rois"),
         Column("pairs", pick["pairs"][order], 0, "pairs"),
         Column("to look at (%)", 100 * pick["suspect"][order], 0, "look"),
         *([Column("Dice, median", pick["dice"][order], 3, "dice")] if measured else []),
         Column("confidence, median", pick["confidence"][order], 3, "confidence"),
-        Column("grid (z, y, x)", [subjects.grids[i] for i in order]),
+        Column("grid", [subjects.grids[i] for i in order], wide=True),
     ]
     typical = pick["rois"][np.isfinite(pick["rois"])]
     caption = f"{len(order):,} subjects" + (f", median {np.median(typical):.0f} ROIs" if len(typical) else "")
@@ -158,8 +159,8 @@ def _pair_columns(data: ReportData, order: npt.NDArray[np.int64]) -> list[Column
     shown = [Column(title, values, digits, key) for title, values, digits, key in numbers if np.isfinite(values).any()]
     return [
         *(Column(role, names[role]) for role in (("pair",) if plain else ("pair", "moving", "fixed"))),
-        Column("score", data.quality.score[order], 1, "score", LIMIT),
-        Column("why", [data.quality.reasons[i] if data.suspect[i] else "" for i in order]),
+        Column("score", data.quality.score[order], 2, "score", LIMIT),
+        Column("why", [data.quality.reasons[i] if data.suspect[i] else "" for i in order], wide=True),
         *([Column("alarm", [data.alarms[i] for i in order])] if any(data.alarms) else []),
         *shown,
     ]

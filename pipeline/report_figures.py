@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -45,6 +46,7 @@ def theme(dark: bool) -> Iterator[None]:
         **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), ink),
         **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), line),
         **dict.fromkeys(("figure.facecolor", "axes.facecolor"), paper),
+        **dict.fromkeys(("patch.facecolor", "lines.color"), "#56B4E9" if dark else _BLUE),
     }
     sizes: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.titlepad": 9}
     with matplotlib.rc_context({**colours, **sizes}):
@@ -73,7 +75,7 @@ def accuracy(data: ReportData) -> bytes:
 
 def fits(data: ReportData) -> bytes:
     """Matches, folding, smoothness and time of the pairs."""
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
+    figure = Figure(figsize=(11, 5.8), layout=ConstrainedLayoutEngine(hspace=0.09, wspace=0.05))
     axes = figure.subplots(2, 3).ravel()
     edges = np.linspace(0, 1, BINS + 1)
     for panel, (name, counts) in zip(axes, data.matches.counts.items(), strict=False):
@@ -163,7 +165,15 @@ def _scatter(axes: Axes, x: Values, y: Values, suspect: npt.NDArray[np.bool_]) -
         axes.hexbin(x[known], y[known], gridsize=45, bins="log", cmap="cividis_r", mincnt=1, linewidths=0)
     else:
         plain, marked = known & ~suspect, known & suspect
-        axes.plot(x[plain], y[plain], "o", color=_BLUE, markersize=4, alpha=0.55, markeredgewidth=0)
+        axes.plot(
+            x[plain],
+            y[plain],
+            "o",
+            color=matplotlib.rcParams["lines.color"],
+            markersize=4,
+            alpha=0.6,
+            markeredgewidth=0,
+        )
         axes.plot(x[marked], y[marked], "^", color=_VERMILLION, markersize=6, alpha=0.9, markeredgewidth=0)
 
 
@@ -204,7 +214,10 @@ def _histogram(axes: Axes, values: Values, title: str, counted: str) -> None:
         return
     low, high = float(known.min()), float(known.max())
     if high - low < 1e-9:
-        low, high = low - 0.5, high + 0.5
+        axes.set_title(title)
+        strip_frame(axes)
+        show_no_values(axes, f"all {counted}: {low:.3g}")
+        return
     counts, edges = np.histogram(known, bins=min(50, max(8, int(2 * len(known) ** 0.5))), range=(low, high))
     _bars(axes, counts, edges, title, counted)
 
@@ -215,14 +228,14 @@ def _bars(axes: Axes, counts: npt.NDArray[np.int64], edges: Values, title: str, 
     if not counts.any():
         show_no_values(axes)
         return
-    axes.stairs(counts, edges, fill=True, color=_BLUE)
+    axes.stairs(counts, edges, fill=True, color=matplotlib.rcParams["patch.facecolor"])
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def show_no_values(axes: Axes) -> None:
+def show_no_values(axes: Axes, text: str = "no values") -> None:
     """Say that there is nothing to draw."""
-    axes.text(0.5, 0.5, "no values", ha="center", va="center", transform=axes.transAxes)
+    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
     axes.set(xticks=[], yticks=[])
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from skimage.exposure import match_histograms
 
 from pipeline.report_figures import encode_png
 from pipeline.report_pairs import PairView
@@ -29,7 +30,8 @@ def pair_panels(view: PairView) -> bytes:
     _label_lines(axes[0, 2], view.fixed_labels, _BLUE, "solid")
     _label_lines(axes[0, 2], view.moved_labels, _ORANGE, "dashed")
     for axis, image, title in ((axes[1, 0], view.before, "before"), (axes[1, 1], view.moved, "after")):
-        axis.imshow(composite(view.fixed, image), aspect=view.aspect, interpolation="nearest")
+        matched = match_histograms(image, view.fixed) if view.fixed.any() else image
+        axis.imshow(composite(view.fixed, matched), aspect=view.aspect, interpolation="nearest")
         axis.set_title(f"{title}: fixed green, moving magenta")
         axis.set_axis_off()
     _deformation_grid(figure, axes[1, 2], view)

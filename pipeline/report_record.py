@@ -41,11 +41,13 @@ def failures_section(data: ReportData) -> Html:
         f"{failures.num_rows:,} failures of {len(rows)} kinds; the same command again tries them again",
         ("error", "stage", "count", "what to do", "first message", "where"),
         [_kind(row) for row in rows],
+        wide=("what to do", "first message"),
     )
     names = failures.select(["pair", "unit", "subject", "stage", "error", "message", "attempt"]).to_pydict()
     columns = [
         Column("unit", [pair or unit for pair, unit in zip(names["pair"], names["unit"], strict=True)]),
-        *(Column(name, [value or "" for value in names[name]]) for name in ("stage", "subject", "error", "message")),
+        *(Column(name, [value or "" for value in names[name]]) for name in ("stage", "subject", "error")),
+        Column("message", [value or "" for value in names["message"]], wide=True),
         Column("attempt", pc.fill_null(failures.column("attempt"), 1).cast("float64").to_numpy(), 0, "attempt"),
     ]
     return section("Failures", kinds, data_table("failures-table", f"{failures.num_rows:,} failures", columns))

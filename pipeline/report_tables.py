@@ -33,6 +33,7 @@ class Column:
         digits: decimals of numbers.
         key: what the filter calls it, for conditions like `dice<0.7`.
         mark: from this value on a number is marked.
+        wide: whether it holds sentences.
     """
 
     title: str
@@ -40,6 +41,7 @@ class Column:
     digits: int = 0
     key: str = ""
     mark: float | None = None
+    wide: bool = False
 
     @property
     def numeric(self) -> bool:
@@ -88,8 +90,14 @@ def data_table(name: str, caption: str, columns: Sequence[Column], presets: Iter
     return element("div", *parts, data_grid="")
 
 
-def table(name: str, caption: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> Html:
-    """A table of rows: numbers are aligned and sorted as numbers; None is an empty cell."""
+def table(
+    name: str, caption: str, header: Sequence[str], rows: Sequence[Sequence[object]], wide: Sequence[str] = ()
+) -> Html:
+    """A table of rows: numbers are aligned and sorted as numbers; None is an empty cell.
+
+    Args:
+        wide: titles of the columns that hold sentences.
+    """
     columns = []
     for i, title in enumerate(header):
         values = [row[i] for row in rows]
@@ -98,7 +106,8 @@ def table(name: str, caption: str, header: Sequence[str], rows: Sequence[Sequenc
             numbers = np.array([math.nan if value is None else value for value in values], dtype=np.float64)
             columns.append(Column(title, numbers, 0 if kinds == {int} else 3))
         else:
-            columns.append(Column(title, ["" if value is None else value for value in values]))
+            texts = ["" if value is None else value for value in values]
+            columns.append(Column(title, texts, wide=title in wide))
     return data_table(name, caption, columns)
 
 
@@ -114,7 +123,8 @@ def _packed(column: Column) -> str:
         texts = [str(value) for value in column.values]
         words = {word: number for number, word in enumerate(dict.fromkeys(texts))}
         places = json.dumps([words[word] for word in texts], separators=(",", ":"))
-        return f'{{"key":{json.dumps(column.key)},"words":{json.dumps(list(words))},"values":{places}}}'
+        wide = json.dumps(column.wide)
+        return f'{{"key":{json.dumps(column.key)},"wide":{wide},"words":{json.dumps(list(words))},"values":{places}}}'
     numbers = ",".join(_shortest(value, column.digits) for value in np.asarray(column.values).tolist())
     mark = json.dumps(column.mark)
     return f'{{"key":{json.dumps(column.key)},"digits":{column.digits},"mark":{mark},"values":[{numbers}]}}'
@@ -130,7 +140,7 @@ def _shortest(value: float, digits: int) -> str:
 def _cell(column: Column, row: int, head: bool) -> Html:
     name, scope, value = ("th", "row", column.values[row]) if head else ("td", None, column.values[row])
     if not column.numeric:
-        return element(name, value, scope=scope, class_=None if head else "t")
+        return element(name, value, scope=scope, class_=None if head else "t w" if column.wide else "t")
     number = float(value)  # type: ignore[arg-type]
     if not math.isfinite(number):
         return element(name, "", scope=scope, class_="n")

@@ -45,10 +45,10 @@ def verdict(data: ReportData, found: list[Action]) -> Html:
     fitted, n_suspect = len(data.pairs), int(data.suspect.sum())
     first = {
         "good": "complete, and nothing stands out",
-        "look": "complete; some results need a look" if data.status.complete else "some results need a look",
-        "bad": "something failed" if not data.status.complete else "registration did not help",
+        "look": "complete; some results need a look",
+        "bad": "registration did not help" if data.status.complete else f"not complete: {_lacking(data)}",
     }[level]
-    share = f"{fitted - n_suspect:,} of {fitted:,} registered pairs are unremarkable" if fitted else ""
+    share = f"{fitted - n_suspect:,} of {fitted:,} registered pairs raise no doubts"
     sentences = [share, _gained(data)] if fitted else ["No pair was registered yet"]
     body = element("div", element("strong", first.capitalize()), element("p", ". ".join(filter(None, sentences)) + "."))
     sign = element("span", _SIGNS[level], class_="sign", aria_hidden="true")
@@ -69,9 +69,10 @@ def to_do(found: list[Action]) -> Html:
 def key_numbers(data: ReportData, subjects: Subjects) -> Html:
     """The numbers that tell most, as cards."""
     stages = {stage.stage: stage for stage in data.status.stages}
-    encode, fit = stages["encode"], stages["fit"]
+    encode, match, fit = stages["encode"], stages["match"], stages["fit"]
+    pairs = max(match.done + match.failed + match.missing, fit.done + fit.failed + fit.missing)
     numbers: list[tuple[str, object]] = [
-        ("pairs registered", f"{fit.done:,} of {fit.done + fit.failed + fit.missing:,}"),
+        ("pairs registered", f"{fit.done:,} of {pairs:,}"),
         ("subjects encoded", f"{encode.done:,} of {encode.done + encode.failed + encode.missing:,}"),
     ]
     if data.count("dice"):
@@ -96,6 +97,16 @@ def _arrow(data: ReportData, *columns: str, digits: int = 2) -> str:
     means = [data.values(column) for column in columns]
     texts = [f"{values.mean():.{digits}f}" if len(values) else "?" for values in means]
     return " → ".join(texts)
+
+
+def _lacking(data: ReportData) -> str:
+    """What failed or is missing, counted."""
+    units = {"encode": "subject", "prototypes": "subject", "match": "pair", "fit": "pair"}
+    counts = {(word, unit): 0 for word in ("failed", "missing") for unit in ("subject", "pair")}
+    for stage in data.status.stages:
+        counts["failed", units[stage.stage]] += stage.failed
+        counts["missing", units[stage.stage]] = max(counts["missing", units[stage.stage]], stage.missing)
+    return ", ".join(f"{n:,} {unit}{'s' * (n != 1)} {word}" for (word, unit), n in counts.items() if n)
 
 
 def _gained(data: ReportData) -> str:
