@@ -143,11 +143,22 @@ def atlas_section(root: Path, album: Album) -> list[tuple[str, Html]]:
     alt = "Montage of the atlas: slices of the template and of the maps that were made with it."
     parts = [album.add("atlas", lambda: _fitting(montage), alt, "The whole atlas is in atlas/.", photographic=True)]
     if iterations.exists():
-        found = pq.read_table(iterations)
-        plain = [f.name for f in found.schema if not pa.types.is_nested(f.type) and not pa.types.is_temporal(f.type)]
-        rows = [tuple(row.values()) for row in found.select(plain).to_pylist()]
-        parts.append(table("atlas-table", "atlas.parquet", plain, rows))
+        header, rows = _atlas_means(pq.read_table(iterations))
+        parts.append(table("atlas-table", "Mean over the subjects, by iteration", header, rows))
     return [("Atlas", section("Atlas", *parts))]
+
+
+def _atlas_means(found: pa.Table) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Means over the subjects of every measure of `atlas.parquet` that has values, an iteration a row."""
+    names = [
+        field.name
+        for field in found.schema
+        if pa.types.is_floating(field.type) and found.column(field.name).null_count < found.num_rows
+    ]
+    groups = found.group_by("iteration", use_threads=False)
+    means = groups.aggregate([(name, "mean") for name in names] + [("iteration", "count")]).sort_by("iteration")
+    columns = [means.column("iteration"), means.column("iteration_count"), *(means.column(f"{n}_mean") for n in names)]
+    return ["iteration", "subjects", *names], list(zip(*(column.to_pylist() for column in columns), strict=True))
 
 
 def _fitting(path: Path) -> bytes:
