@@ -60,7 +60,7 @@ def main() -> None:
     for pairs in arguments.pairs:
         root = arguments.out / f"{pairs}"
         shutil.rmtree(root, ignore_errors=True)
-        n_matches = write_study(root, pairs, arguments.matches)
+        n_matches, _ = write_study(root, pairs, arguments.matches)
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
         command = [sys.executable, "-c", MAKE, str(root)]
         made = subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout.split()
@@ -98,12 +98,12 @@ def open_page(page: Path) -> tuple[float, float, float]:
     return ready, sort, search
 
 
-def write_study(root: Path, pairs: int, matches: int) -> int:
-    """Write the tables of a study; the number of correspondences."""
+def write_study(root: Path, pairs: int, matches: int, share: float = BAD_SUBJECTS) -> tuple[int, set[str]]:
+    """Write the tables of a study; the number of correspondences, and the subjects made bad, a `share` of them."""
     rng = np.random.default_rng(pairs)
     size = math.ceil((1 + math.sqrt(1 + 8 * pairs)) / 2)
     subjects = [f"s{number:05d}" for number in range(size)]
-    bad = rng.random(size) < BAD_SUBJECTS
+    bad = rng.random(size) < share
     moving, fixed = (index[:pairs] for index in np.tril_indices(size, -1))
     failed = rng.random(pairs) < 0.01
     StudyFolder(root).root.mkdir(parents=True)
@@ -119,7 +119,7 @@ def write_study(root: Path, pairs: int, matches: int) -> int:
         tables.write_part(root, "rois", name, _table("rois", rois, 40))
     names = [f"{subjects[m]}__{subjects[f]}" for m, f in zip(moving, fixed, strict=True)]
     _write_records(root, subjects, names, [subjects[m] for m in moving], [subjects[f] for f in fixed], failed)
-    return written
+    return written, {name for name, is_bad in zip(subjects, bad, strict=True) if is_bad}
 
 
 def _write_part(root: Path, part: str, trios: list[tuple[str, str, bool]], matches: int, rng: Any) -> int:

@@ -37,7 +37,7 @@ def quality_section(data: ReportData, subjects: Subjects, album: Album) -> Html:
         numbers = _numbers(data, subjects)
         alt = f"Scores of {known} pairs, {int(data.suspect.sum())} to look at. {_trust(data)}"
         caption = f"Triangles: pairs to look at. Dashed: {LIMIT:g}, where standing out begins. {_trust(data)}"
-        parts.append(album.add("quality", lambda: figures.check(data, numbers), alt, caption))
+        parts.append(album.add_chart("quality", lambda: figures.check(data, numbers), alt, caption))
     else:
         parts.append(
             element("p", f"There are no scores, which need {FEWEST} pairs to compare with. Alarms count anyway.")

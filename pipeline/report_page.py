@@ -50,9 +50,10 @@ def cards(values: Iterable[tuple[str, object]]) -> Html:
     return element("ul", *items, class_="cards")
 
 
-def picture(light: bytes, dark: bytes, alt: str, caption: object) -> Html:
-    """A figure inside the page, as WebP: one for light pages and for paper, one for dark screens."""
-    source = Html(f'<source media="screen and (prefers-color-scheme: dark)" srcset="{_data_uri(dark)}">')
+def picture(light: bytes, dark: bytes | None, alt: str, caption: object) -> Html:
+    """A figure inside the page, as WebP: for light pages and for paper, and perhaps another for dark screens."""
+    media = "screen and (prefers-color-scheme: dark)"
+    source = Html(f'<source media="{media}" srcset="{_data_uri(dark)}">' if dark else "")
     image = Html(f'<img src="{_data_uri(light)}" alt="{text(alt)}">')
     return element("figure", element("picture", source, image), element("figcaption", caption))
 

@@ -85,7 +85,9 @@ def read_pair_view(data: ReportData, row: Mapping[str, Any]) -> PairView:
         fixed, moving = _read(store, fixed_subject), _read(store, moving_subject)
         ddf = read_ddf(folder.transform(pair), fixed.geometry, moving.geometry)
         labels = [_read_labels(fixed_subject, fixed.geometry), _read_labels(moving_subject, moving.geometry)]
-    except (ImageError, TransformError, FileNotFoundError) as error:
+    except FileNotFoundError as error:
+        raise NoPictureError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
+    except (ImageError, TransformError) as error:
         raise NoPictureError(str(error)) from None
     matches = read_matches_of(data, pair)
     fixed_slice, moving_slice, chosen = choose_slices(matches, fixed.geometry, moving.geometry)

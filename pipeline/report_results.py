@@ -39,7 +39,9 @@ def accuracy_section(data: ReportData, album: Album) -> Html:
     alt = f"Distributions over {data.means.num_rows} pairs. {_spoken(data)}"
     note = "Boxes: median, middle half and whiskers. Right: above the diagonal Dice rose"
     note = note if data.count("dice") else note.replace("above the diagonal Dice rose", "below the diagonal it fell")
-    parts = [album.add("accuracy", lambda: figures.accuracy(data), alt, f"{note}; triangles are pairs to look at.")]
+    parts = [
+        album.add_chart("accuracy", lambda: figures.accuracy(data), alt, f"{note}; triangles are pairs to look at.")
+    ]
     columns = _metric_columns(data)
     rows: list[list[object]] = []
     for label in [0, *data.labels]:
@@ -52,7 +54,7 @@ def accuracy_section(data: ReportData, album: Album) -> Html:
     if data.labels and data.count("dice"):
         alt = f"Dice of labels {', '.join(map(str, data.labels))} by stage."
         caption = "Median and middle half over the pairs."
-        parts.append(album.add("dice_by_label", lambda: figures.dice_by_label(data), alt, caption))
+        parts.append(album.add_chart("dice_by_label", lambda: figures.dice_by_label(data), alt, caption))
     return section("Accuracy", *parts)
 
 
@@ -80,7 +82,7 @@ def fits_section(data: ReportData, album: Album) -> Html:
     """Distributions that need no labels."""
     spoken = [f"{name}: median {np.nanmedian(v):.3g}" for name, v in data.columns.items() if np.isfinite(v).any()]
     alt = f"Histograms over {data.matches.total} matches and {len(data.pairs)} pairs. {', '.join(spoken)}."
-    drawn = album.add("fits", lambda: figures.fits(data), alt, "Every match or pair counts once.")
+    drawn = album.add_chart("fits", lambda: figures.fits(data), alt, "Every match or pair counts once.")
     return section("Matches and fields", drawn)
 
 
@@ -122,7 +124,7 @@ def _pair_figure(data: ReportData, album: Album, role: str, row: int) -> Html:
         f"{lines if view.moved_labels is not None else ''}"
     )
     name = f"pair_{role.replace(' ', '_')}"
-    return album.add(name, lambda: pair_panels(view), _describe(names, view, dice), caption, photographic=True)
+    return album.add_picture(name, pair_panels(view), _describe(names, view, dice), caption)
 
 
 def _describe(names: Mapping[str, str], view: PairView, dice: str) -> str:
@@ -141,7 +143,7 @@ def atlas_section(root: Path, album: Album) -> list[tuple[str, Html]]:
     if not montage.exists():
         return []
     alt = "Montage of the atlas: slices of the template and of the maps that were made with it."
-    parts = [album.add("atlas", lambda: _fitting(montage), alt, "The whole atlas is in atlas/.", photographic=True)]
+    parts = [album.add_picture("atlas", _fitting(montage), alt, "The whole atlas is in atlas/.")]
     if iterations.exists():
         header, rows = _atlas_means(pq.read_table(iterations))
         parts.append(table("atlas-table", "Mean over the subjects, by iteration", header, rows))
@@ -194,7 +196,9 @@ def sweeps_section(root: Path, album: Album) -> list[tuple[str, Html]]:
 def _sweep_figure(album: Album, name: str, found: pa.Table, axis: str, others: list[str]) -> Html:
     alt = f"Sweep {name}: accuracy and number of matched ROIs against {axis}."
     file = f"sweep_{subject_key(name)}_{subject_key(axis)}"
-    return album.add(file, lambda: axis_figure(found, axis, others), alt, f"Over {axis}; other settings as lines.")
+    return album.add_chart(
+        file, lambda: axis_figure(found, axis, others), alt, f"Over {axis}; other settings as lines."
+    )
 
 
 def _setting(value: Any) -> Any:

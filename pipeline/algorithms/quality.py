@@ -37,7 +37,7 @@ def badness(values: Values, floor: float) -> Values:
 
 
 def combine(scores: Values) -> Values:
-    """Score of every result: the mean of its `WORST` largest z, each cut to 0 .. `LARGEST`.
+    """Score of every result: the mean of its `WORST` largest z, each cut to 0 .. `LARGEST`; an unknown z counts as 0.
 
     Args:
         scores: float64 [quantities, n], see `badness`.
@@ -50,7 +50,7 @@ def combine(scores: Values) -> Values:
     cut = np.clip(np.nan_to_num(scores, nan=0.0), 0, LARGEST)
     worst = -np.sort(-cut, axis=0)[:WORST]
     known = np.isfinite(scores).any(axis=0)
-    combined: Values = np.where(known, worst.sum(axis=0) / len(worst), np.nan)
+    combined: Values = np.where(known, worst.sum(axis=0) / WORST, np.nan)
     return combined
 
 
