@@ -52,7 +52,7 @@ def accuracy_section(data: ReportData, album: Album) -> Html:
     caption = f"Mean over {data.means.num_rows:,} pairs. TRE: distance of the label centroids."
     parts.append(table("metrics-table", caption, ["label", *columns, "lowest Dice after"], rows))
     if data.labels and data.count("dice"):
-        alt = f"Dice of labels {', '.join(map(str, data.labels))} by stage."
+        alt = f"Median and middle half of the Dice of labels {', '.join(map(str, data.labels))} by stage."
         caption = "Median and middle half over the pairs."
         parts.append(album.add_chart("dice_by_label", lambda: figures.dice_by_label(data), alt, caption))
     return section("Accuracy", *parts)

@@ -22,6 +22,7 @@ from pipeline import report_figures, report_page, report_panels, report_tables
 from pipeline.algorithms.quality import LIMIT
 from pipeline.errors import UsageError
 from pipeline.report import write_report
+from pipeline.report_album import Album
 from pipeline.report_data import best_median_worst, read_report_data
 from pipeline.report_matches import BINS, read_matches
 from pipeline.report_pairs import choose_slices
@@ -59,6 +60,12 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def page(study: Path) -> _Page:
     return _Page(write_report(study).read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the charts out, which take most of the time; pictures of pairs stay."""
+    monkeypatch.setattr(Album, "add_chart", lambda *_: report_page.Html(""))
 
 
 def test_every_picture_is_inside_the_page_and_beside_it(study: Path, page: _Page) -> None:
@@ -108,6 +115,7 @@ def test_numbers_of_the_tables_reach_the_page(page: _Page) -> None:
     assert "Dice rose in 2 of 2 pairs" in page.text
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_without_images_the_rest_is_still_reported(tmp_path: Path) -> None:
     study = write_study(tmp_path)
     for image in tmp_path.glob("subject-01.nii.gz"):
@@ -123,6 +131,7 @@ def test_without_images_the_rest_is_still_reported(tmp_path: Path) -> None:
     assert "Worst: " in again
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_study_without_labels_is_ranked_by_similarity(tmp_path: Path) -> None:
     study = write_study(tmp_path)
     for part in tables.part_names(study, "metrics"):
@@ -137,6 +146,7 @@ def test_a_study_without_labels_is_ranked_by_similarity(tmp_path: Path) -> None:
     assert "neither labels nor landmarks" in text
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_study_that_was_only_matched_has_a_report_without_pairs(tmp_path: Path) -> None:
     study = write_study(tmp_path)
     for part in tables.part_names(study, "metrics"):
@@ -147,6 +157,7 @@ def test_a_study_that_was_only_matched_has_a_report_without_pairs(tmp_path: Path
     assert f"{tables.read_table(study, 'correspondences').num_rows:,}" in page.text
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_pictures_of_a_2d_study(tmp_path: Path) -> None:
     study = write_study(tmp_path, shape=(1, 96, 96))
     write_report(study)
@@ -264,6 +275,7 @@ def test_failures_are_counted_by_kind_with_advice(page: _Page) -> None:
     assert "labels and landmarks must be on the grid" in page.text
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_refined_results_are_what_counts(tmp_path: Path) -> None:
     study = write_study(tmp_path)
     for part in tables.part_names(study, "metrics"):
