@@ -1,6 +1,8 @@
 "use strict";
 const PAGE = 50, PRINTED = 500;
-const collator = new Intl.Collator(undefined, {numeric: true});
+
+/** What a text is sorted by: without case, accents apart, numbers by their value. Far faster than a collator. */
+const sortKey = text => text.normalize("NFKD").toLowerCase().replace(/\d+/g, digits => digits.padStart(12, "0"));
 
 /** Columns packed by pipeline/report_tables.py: base64 of gzip of JSON. */
 async function unpack(text) {
@@ -90,8 +92,8 @@ class Grid {
     const {words, values} = this.data.columns[c];
     let keys = values;
     if (words) {
-      const ranks = new Float64Array(words.length);
-      [...words.keys()].sort((a, b) => collator.compare(words[a], words[b]))
+      const ranks = new Float64Array(words.length), texts = words.map(sortKey);
+      [...words.keys()].sort((a, b) => texts[a] < texts[b] ? -1 : +(texts[a] > texts[b]))
         .forEach((word, rank) => { ranks[word] = words[word] === "" ? NaN : rank; });
       keys = Float64Array.from(values, word => ranks[word]);
     }

@@ -200,6 +200,12 @@ def test_pages_turn_and_end(long_view: View) -> None:
     assert long_view.column("long", 1)[0] == "pair 0"
 
 
+def test_numbers_in_names_sort_by_their_value(long_view: View) -> None:
+    long_view.head("long", "number").click()
+    long_view.head("long", "pair").click()
+    assert long_view.column("long", 1)[:13] == [HOSTILE, *(f"pair {n}" for n in range(12))]
+
+
 def test_empty_cells_come_last_either_way(long_view: View) -> None:
     head = long_view.head("long", "number")
     for _ in range(2):
