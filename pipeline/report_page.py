@@ -55,7 +55,8 @@ def picture(light: bytes, dark: bytes | None, alt: str, caption: object) -> Html
     media = "screen and (prefers-color-scheme: dark)"
     source = Html(f'<source media="{media}" srcset="{_data_uri(dark)}">' if dark else "")
     image = Html(f'<img src="{_data_uri(light)}" alt="{text(alt)}">')
-    return element("figure", element("picture", source, image), element("figcaption", caption))
+    kind = None if dark else "images"
+    return element("figure", element("picture", source, image), element("figcaption", caption), class_=kind)
 
 
 def folded(summary: str, *children: object) -> Html:
@@ -65,7 +66,8 @@ def folded(summary: str, *children: object) -> Html:
 
 def glossary(entries: Iterable[tuple[str, object]]) -> Html:
     """Terms and what they mean."""
-    return element("dl", *(element("dt", term) + element("dd", meaning) for term, meaning in map(_safe, entries)))
+    items = (element(name, value) for entry in entries for name, value in zip(("dt", "dd"), entry, strict=True))
+    return element("dl", *items)
 
 
 def page(title: str, intro: Sequence[object], sections: Sequence[tuple[str, Html]]) -> str:
@@ -87,10 +89,6 @@ def page(title: str, intro: Sequence[object], sections: Sequence[tuple[str, Html
     main = element("main", element("h1", title), *intro, *(body for _, body in sections), id="report")
     body = f"{skip}{navigation}{main}<script>{script}</script>"
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n'
-
-
-def _safe(entry: tuple[str, object]) -> tuple[Html, Html]:
-    return text(entry[0]), text(entry[1])
 
 
 def _data_uri(webp: bytes) -> str:

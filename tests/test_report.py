@@ -99,6 +99,7 @@ def test_names_and_messages_are_shown_not_run(page: _Page) -> None:
     assert HOSTILE in page.text
     assert f"{HOSTILE}: labels are on another grid" in page.text
     assert not [p for p in page.of("img") if "onerror" in p]
+    assert "<dt>" not in page.text  # what is made here is markup, not text
 
 
 def test_ids_are_unique_and_tables_have_headers(page: _Page) -> None:

@@ -133,6 +133,14 @@ def test_names_and_messages_are_shown_as_they_are(view: View, long_view: View) -
     assert view.complaints == long_view.complaints == []
 
 
+def test_columns_and_measures_are_explained(view: View) -> None:
+    view.tab.get_by_text("What the columns mean").click()
+    assert view.tab.locator("dt", has_text="SD log J (sdlogj)").is_visible()
+    assert view.tab.locator("dd", has_text="roughness of the field").is_visible()
+    view.tab.get_by_text("How the scores are made").click()
+    assert view.tab.locator("dt", has_text="matches disagree in space").is_visible()
+
+
 def test_a_click_on_a_header_sorts_and_a_second_turns_round(view: View) -> None:
     head = view.head("pairs-table", "Dice after")
     number = 1 + view.tab.eval_on_selector_all("#pairs-table th button", "n => n.map(b => b.textContent)").index(
