@@ -51,7 +51,8 @@ _REFINABLE = (
 )
 _SECONDS = ("seconds_match", "seconds_fit", "seconds_refine", "seconds_inverse")
 COLUMNS = (
-    *("pair", "moving", "fixed", "label", "n_rois", "fallback", "flag", "hd95_mm_before", "pseudo_dice"),
+    *("pair", "moving", "fixed", "label", "n_rois", "fallback", "flag", "hd95_mm_before"),
+    *("pseudo_dice_before", "pseudo_dice_affine", "pseudo_dice"),
     *("jacobian_min", "dice_before", "dice_centered", "dice_affine", *_SECONDS),
     *(name + end for name in _REFINABLE for end in ("", "_refined")),
     *(name + end for name in DISTANCES for end in TRE_STAGES.values()),

@@ -26,6 +26,7 @@ from pipeline.sweep_figures import axis_figure
 from storage.cohort import subject_key
 
 SUSPECTS_SHOWN = 3
+_OF_THE_PAIR = ("landmarks", "held-out")  # measures that no label has for itself
 _MONTAGE = 2400  # pixels, longest side of a montage in the page
 _SWEPT = ("n_pairs", "n_failed", "dice", "dice_sd", "dice_p30", "tre_mm", "tre_vox", "landmark_tre_mm", "fold_fraction")
 
@@ -33,20 +34,15 @@ _SWEPT = ("n_pairs", "n_failed", "dice", "dice_sd", "dice_p30", "tre_mm", "tre_v
 def accuracy_section(data: ReportData, album: Album) -> Html:
     """Before, affine and after, over the pairs and by label."""
     measured = data.count("dice") or data.count(data.distance[0])
-    if not measured:
+    if not measured and not data.count("pseudo_dice"):
         why = "no pair was registered yet" if not data.pairs else "the manifest gives neither labels nor landmarks"
         return section("Accuracy", element("p", f"Accuracy is not known: {why}. See Quality control."))
-    alt = f"Distributions over {data.means.num_rows} pairs. {_spoken(data)}"
-    note = "Boxes: median, middle half and whiskers. Right: above the diagonal Dice rose"
-    note = note if data.count("dice") else note.replace("above the diagonal Dice rose", "below the diagonal it fell")
-    parts = [
-        album.add_chart("accuracy", lambda: figures.accuracy(data), alt, f"{note}; triangles are pairs to look at.")
-    ]
+    parts = [*_caveat(data), *([_distributions(data, album)] if measured else [])]
     columns = _metric_columns(data)
     rows: list[list[object]] = []
     for label in [0, *data.labels]:
         found = {name: summarise(data.values(column, label)) for name, column in columns.items()}
-        means = [None if s is None or (label and "landmarks" in name) else s[0] for name, s in found.items()]
+        means = [None if s is None or (label and name.startswith(_OF_THE_PAIR)) else s[0] for name, s in found.items()]
         lowest = summarise(data.values("dice", label))
         rows.append(["mean over labels" if label == 0 else str(label), *means, lowest and lowest[2]])
     caption = f"Mean over {data.means.num_rows:,} pairs. TRE: distance of the label centroids."
@@ -58,6 +54,24 @@ def accuracy_section(data: ReportData, album: Album) -> Html:
     return section("Accuracy", *parts)
 
 
+def _caveat(data: ReportData) -> list[Html]:
+    """What is to be known before the numbers of some pairs are believed."""
+    flagged = sum("labels_in_fit" in (flag or "").split() for flag in data.means.column("flag").to_pylist())
+    if not flagged:
+        return []
+    pairs = "All pairs" if flagged == len(data.pairs) else f"{flagged:,} of {len(data.pairs):,} pairs"
+    text = " were fitted to the labels that measure them (labels_in_fit): their Dice says how well the fit follows its "
+    return [element("p", element("strong", f"{pairs}{text}ROIs, not how well it registers."))]
+
+
+def _distributions(data: ReportData, album: Album) -> Html:
+    """The figure of the pairs by stage."""
+    alt = f"Distributions over {data.means.num_rows} pairs. {_spoken(data)}"
+    side = "above the diagonal Dice rose" if data.count("dice") else "below the diagonal it fell"
+    note = f"Boxes: median, middle half and whiskers. Right: {side}; triangles are pairs to look at."
+    return album.add_chart("accuracy", lambda: figures.accuracy(data), alt, note)
+
+
 def _metric_columns(data: ReportData) -> dict[str, str]:
     """Title and column of the metrics table, those that have values."""
     unit, ending = ("voxel", "vox") if data.unit == "voxel" else ("mm", "mm")
@@ -67,6 +81,8 @@ def _metric_columns(data: ReportData) -> dict[str, str]:
     if ending == "mm":
         columns["HD95 before (mm)"] = "hd95_mm_before"
     columns |= {f"HD95 after ({unit})": f"hd95_{ending}", f"HD95 refined ({unit})": f"hd95_{ending}_refined"}
+    ends = {"before": "_before", "affine": "_affine", "after": ""}
+    columns |= {f"held-out ROIs, Dice {stage}": f"pseudo_dice{end}" for stage, end in ends.items()}
     return {title: column for title, column in columns.items() if data.count(column)}
 
 

@@ -79,7 +79,6 @@ def data_table(name: str, caption: str, columns: Sequence[Column], presets: Iter
         element("thead", element("tr", *head)),
         element("tbody", *body),
         id=name,
-        aria_rowcount=rows + 1 if packed else None,
     )
     parts = [_tools(columns, presets)] if rows >= _FILTER_FROM else []
     parts.append(element("div", whole, class_="scroll", tabindex=0, role="region", aria_label=caption))

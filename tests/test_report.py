@@ -271,6 +271,19 @@ def test_sweeps_and_an_atlas_are_shown(tmp_path: Path) -> None:
     assert "match.epsilon" in page.text
 
 
+@pytest.mark.usefixtures("no_charts")
+def test_labels_that_were_fitted_to_and_held_out_rois_are_named(tmp_path: Path) -> None:
+    study = write_study(tmp_path)
+    part = tables.part_names(study, "metrics")[0]
+    rows = [row | {"flag": "labels_in_fit"} for row in tables.read_part(study, "metrics", part).to_pylist()]
+    rows[0] |= {"pseudo_dice_before": 0.25, "pseudo_dice_affine": 0.5, "pseudo_dice": 0.625}
+    tables.write_part(study, "metrics", part, tables.table_from_rows("metrics", rows))
+    page = _Page(write_report(study).read_text(encoding="utf-8"))
+    assert "1 of 2 pairs were fitted to the labels that measure them" in page.text
+    assert "held-out ROIs, Dice after" in page.text
+    assert "0.625" in page.text
+
+
 def test_failures_are_counted_by_kind_with_advice(page: _Page) -> None:
     assert "1 failures of 1 kinds" in page.text
     assert "labels and landmarks must be on the grid" in page.text
