@@ -17,7 +17,7 @@ from pipeline import phantom
 from pipeline.folder import StudyFolder
 from pipeline.progress import Reporter
 from pipeline.report import write_report
-from pipeline.report_page import table
+from pipeline.report_tables import table
 from pipeline.request import read_request
 from pipeline.study import StudySummary, run_study
 from storage import tables

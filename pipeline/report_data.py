@@ -13,12 +13,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.algorithms.quality import LIMIT
 from pipeline.folder import StudyFolder
 from pipeline.record import planned_subjects
+from pipeline.report_matches import Matches, read_matches, read_roi_counts
+from pipeline.report_quality import PAIR_MEASURES, Quality, alarms, assess
 from pipeline.status import Status, read_status
 from storage import tables
 from storage.cohort import Subject, read_cohort
-from storage.embeddings import EmbeddingStore
 
 Row = dict[str, Any]
 Values = npt.NDArray[np.float64]
@@ -28,9 +30,33 @@ DICE = {
     "centred": "dice_centered",
     "affine": "dice_affine",
     "after": "dice",
+    "refined": "dice_refined",
 }
-TABLES = ("metrics", "correspondences", "failures", "rois", "runs")
-TRE_STAGES = {"before": "_before", "affine": "_affine", "after": ""}
+TRE_STAGES = {"before": "_before", "affine": "_affine", "after": "", "refined": "_refined"}
+DISTANCES = {
+    "landmark_tre_mm": ("landmark distance", "mm"),
+    "tre_mm": ("label centroid distance", "mm"),
+    "landmark_tre_vox": ("landmark distance", "voxel"),
+    "tre_vox": ("label centroid distance", "voxel"),
+}
+_REFINABLE = (
+    "dice",
+    "sdlogj",
+    "fold_fraction",
+    "fold_fraction_rois",
+    "roi_dice",
+    "roi_dice_min",
+    "hd95_mm",
+    "hd95_vox",
+)
+_SECONDS = ("seconds_match", "seconds_fit", "seconds_refine", "seconds_inverse")
+COLUMNS = (
+    *("pair", "moving", "fixed", "label", "n_rois", "fallback", "flag", "hd95_mm_before"),
+    *("pseudo_dice_before", "pseudo_dice_affine", "pseudo_dice"),
+    *("jacobian_min", "dice_before", "dice_centered", "dice_affine", *_SECONDS),
+    *(name + end for name in _REFINABLE for end in ("", "_refined")),
+    *(name + end for name in DISTANCES for end in TRE_STAGES.values()),
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +67,10 @@ class ReportData:
         root: the study folder.
         run: `run.yaml`.
         status: done, failed and missing units.
-        metrics, correspondences, failures, rois, runs: the tables as they are stored.
+        metrics: `COLUMNS` of the table, all labels.
+        matches: the correspondences, summarised by pair.
+        rois: number of ROIs and median of their quality by subject.
+        failures, runs: the tables as they are stored.
         subjects: manifest rows by name; empty when the manifest is not known.
     """
 
@@ -49,9 +78,9 @@ class ReportData:
     run: Row
     status: Status
     metrics: pa.Table
-    correspondences: pa.Table
+    matches: Matches
+    rois: dict[str, tuple[int, float]]
     failures: pa.Table
-    rois: pa.Table
     runs: pa.Table
     subjects: dict[str, Subject]
 
@@ -61,20 +90,27 @@ class ReportData:
         return self.metrics.filter(pc.equal(self.metrics.column("label"), 0))
 
     @cached_property
+    def pairs(self) -> list[str]:
+        """Names of the pairs that were fitted, in the order of `means`."""
+        names: list[str] = self.means.column("pair").to_pylist()
+        return names
+
+    @cached_property
     def labels(self) -> list[int]:
         """Label values, sorted; 0 (the mean) is not one."""
-        return sorted(set(self.metrics.column("label").to_pylist()) - {0})
+        return sorted(set(self.metrics.column("label").unique().to_pylist()) - {0})
 
     @cached_property
     def distance(self) -> tuple[str, str, str]:
         """(column prefix, unit, meaning) of the target registration error that most pairs have."""
-        choices = [
-            ("landmark_tre_mm", "mm", "landmark distance"),
-            ("tre_mm", "mm", "label centroid distance"),
-            ("landmark_tre_vox", "voxel", "landmark distance"),
-            ("tre_vox", "voxel", "label centroid distance"),
-        ]
-        return max(choices, key=lambda choice: self.count(choice[0]))
+        prefix = max(DISTANCES, key=self.count)
+        meaning, unit = DISTANCES[prefix]
+        return prefix, unit, meaning
+
+    @cached_property
+    def unit(self) -> str:
+        """Unit of areas, HD95 and label distances: voxels only where nothing has a spacing."""
+        return "voxel" if self.count("tre_vox") and not self.count("tre_mm") else "mm"
 
     def count(self, column: str) -> int:
         """How many pairs have a value."""
@@ -85,44 +121,62 @@ class ReportData:
         rows = self.metrics.filter(pc.equal(self.metrics.column("label"), label))
         return np.asarray(rows.column(column).drop_null().to_numpy(), dtype=np.float64)
 
+    def final(self, column: str) -> Values:
+        """A measure of the transform that was written: refined, where that was asked for; float64 [pairs]."""
+        values = _floats(self.means, column)
+        refined = f"{column}_refined"
+        if refined not in self.means.column_names:
+            return values
+        found = _floats(self.means, refined)
+        return np.where(np.isfinite(found), found, values)
+
     @cached_property
-    def ranking(self) -> tuple[str, list[str]]:
-        """(measure, pairs from best to worst): by Dice, else distance, else mean similarity of matches."""
+    def columns(self) -> dict[str, Values]:
+        """Figures of every pair, in the order of `means`: float64 [pairs], NaN where unknown."""
+        prefix, _, _ = self.distance
+        found = {name: self.final(name) for name in (*_REFINABLE[:-2], "n_rois", "jacobian_min", "pseudo_dice")}
+        found |= {name: _floats(self.means, name) for name in ("dice_before", "dice_affine")}
+        found |= {"distance_before": _floats(self.means, f"{prefix}_before"), "distance": self.final(prefix)}
+        found["hd95"] = self.final("hd95_vox" if self.unit == "voxel" else "hd95_mm")
+        found["gain"] = found["dice"] - found["dice_affine"]
+        found["seconds"] = np.nansum([_floats(self.means, name) for name in _SECONDS], axis=0)
+        place = pc.index_in(self.means.column("pair"), value_set=self.matches.pairs.column("pair").combine_chunks())
+        matched = self.matches.pairs.take(place)
+        return found | {name: _floats(matched, name) for name in ("similarity", "confidence", "residual")}
+
+    @cached_property
+    def quality(self) -> Quality:
+        """Scores of the pairs, in the order of `means`."""
+        return assess(self.columns, PAIR_MEASURES)
+
+    @cached_property
+    def alarms(self) -> list[str]:
+        """What is wrong with each pair whatever the others are like."""
+        flags = [flag or "" for flag in self.means.column("flag").to_pylist()]
+        columns = self.columns
+        return alarms(flags, columns["fold_fraction"], columns["dice_before"], columns["dice"])
+
+    @cached_property
+    def suspect(self) -> npt.NDArray[np.bool_]:
+        """Pairs to look at: an alarm, or a score of `LIMIT` or more; bool [pairs]."""
+        return np.array([bool(alarm) for alarm in self.alarms], dtype=bool) | (self.quality.score >= LIMIT)
+
+    @cached_property
+    def worst_first(self) -> npt.NDArray[np.int64]:
+        """Rows of `means`: those to look at by their scores, then the others, each by the ranking measure."""
+        score = np.nan_to_num(self.quality.score, nan=0.0)
+        _, accuracy = self.ranking
+        return np.lexsort((np.array(self.pairs), accuracy, -score, ~self.suspect))
+
+    @cached_property
+    def ranking(self) -> tuple[str, Values]:
+        """(measure, its values, larger is better): Dice, else less distance, else similarity; of `means`."""
         if self.count("dice"):
-            return "Dice", _ranked(self.means, "dice", best="largest")
+            return "Dice", np.nan_to_num(self.columns["dice"], nan=-1.0)
         prefix, unit, meaning = self.distance
         if self.count(prefix):
-            return f"{meaning} ({unit})", _ranked(self.means, prefix, best="smallest")
-        mean = self.correspondences.group_by("pair").aggregate([("similarity", "mean")])
-        fitted = self.means.column("pair").combine_chunks()
-        mean = mean.filter(pc.is_in(mean.column("pair"), value_set=fitted))
-        return "mean ROI similarity", _ranked(mean, "similarity_mean", best="largest")
-
-    def pair_rows(self) -> list[Row]:
-        """One row per pair, worst first."""
-        by_pair = {row["pair"]: row for row in self.means.to_pylist()}
-        ranked = [by_pair.pop(pair) for pair in reversed(self.ranking[1]) if pair in by_pair]
-        return [*by_pair.values(), *ranked]
-
-    def subject_rows(self) -> list[Row]:
-        """One row per subject: manifest columns, grid and number of ROIs; empty where it was not encoded."""
-        store = EmbeddingStore(StudyFolder(self.root).embeddings)
-        encoded = set(store.subjects())
-        counts = self.rois.group_by("subject").aggregate([("roi", "count")]).to_pylist()
-        n_rois = {row["subject"]: row["roi_count"] for row in counts}
-        failed = {row["subject"] for row in self.failures.to_pylist() if row["subject"] and not row["pair"]}
-        names = self.subjects or dict.fromkeys(sorted(encoded | failed))
-        rows = []
-        for name in names:
-            known = self.subjects.get(name)
-            row: Row = {
-                "subject": name,
-                "group": known.group if known else "",
-                "session": known.session if known else "",
-            }
-            row["grid"] = store.read(name).geometry.describe() if name in encoded else ""
-            rows.append(row | {"rois": n_rois.get(name, 0), "state": _state(name, encoded, failed)})
-        return rows
+            return f"{meaning} ({unit})", -np.nan_to_num(self.columns["distance"], nan=np.inf)
+        return "median similarity of the matched ROIs", np.nan_to_num(self.columns["similarity"], nan=-1.0)
 
 
 def read_report_data(study: str | Path, cohort: str | Path | None = None) -> ReportData:
@@ -137,10 +191,18 @@ def read_report_data(study: str | Path, cohort: str | Path | None = None) -> Rep
         CohortError, TableError, FileNotFoundError: naming the file.
     """
     root = Path(study)
-    status = read_status(root)
     folder = StudyFolder(root)
-    stored = {name: tables.read_table(root, name) for name in TABLES}
-    return ReportData(root, folder.read_run() or {}, status, subjects=_read_subjects(folder, cohort), **stored)
+    return ReportData(
+        root=root,
+        status=read_status(root),
+        run=folder.read_run() or {},
+        metrics=tables.read_table(root, "metrics", list(COLUMNS)),
+        matches=read_matches(root),
+        rois=read_roi_counts(root),
+        failures=tables.read_table(root, "failures"),
+        runs=tables.read_table(root, "runs"),
+        subjects=_read_subjects(folder, cohort),
+    )
 
 
 def summarise(values: Values) -> tuple[float, float, float, float] | None:
@@ -151,7 +213,7 @@ def summarise(values: Values) -> tuple[float, float, float, float] | None:
 
 
 def best_median_worst(ranked: Sequence[str]) -> list[tuple[str, str]]:
-    """(role, pair) of up to three different pairs."""
+    """(role, pair) of up to three different pairs, of pairs from best to worst."""
     if not ranked:
         return []
     roles = {"best": ranked[0], "worst": ranked[-1], "median": ranked[len(ranked) // 2]}
@@ -166,14 +228,6 @@ def _read_subjects(folder: StudyFolder, cohort: str | Path | None) -> dict[str, 
     return {subject.subject: subject for subject in planned_subjects(folder.read_plan() or {})}
 
 
-def _ranked(table: pa.Table, column: str, best: str) -> list[str]:
-    order = "descending" if best == "largest" else "ascending"
-    known = table.filter(pc.is_valid(table.column(column)))
-    names: list[str] = known.sort_by([(column, order), ("pair", "ascending")]).column("pair").to_pylist()
-    return names
-
-
-def _state(name: str, encoded: set[str], failed: set[str]) -> str:
-    if name in failed:
-        return "failed"
-    return "encoded" if name in encoded else "missing"
+def _floats(table: pa.Table, column: str) -> Values:
+    """A column as float64, NaN where it is null."""
+    return np.asarray(table.column(column).to_numpy(), dtype=np.float64)

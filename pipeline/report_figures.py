@@ -1,178 +1,247 @@
 """The figures of a report, as PNG bytes. Arrays and numbers in; no names, so nothing needs escaping.
 
-Colours are those of Okabe and Ito (safe for colour-blind readers) and the cividis map; ROIs are numbered too.
+Colours are those of Okabe and Ito (safe for colour-blind readers) and the cividis map, and never the only sign: stages
+have their places, pairs that stand out are triangles. Text and frames take the colours of `theme`.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
+import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from pipeline.algorithms.quality import LIMIT
 from pipeline.report_data import DICE, TRE_STAGES, ReportData, Values
-from pipeline.report_pairs import PairView
+from pipeline.report_matches import BINS
 
-OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#FFFFFF")
-STAGE_COLOURS = {"before": "#777777", "centred": "#56B4E9", "affine": "#E69F00", "after": "#0072B2"}
-_BLUE, _ORANGE = "#0072B2", "#E69F00"
-_DARK = ("#0072B2", "#009E73", "#D55E00")
-_POINTS = 300  # single pairs are drawn up to this many
-_DPI = 110
+STAGE_COLOURS = {
+    "before": "#888888",
+    "centred": "#56B4E9",
+    "affine": "#E69F00",
+    "after": "#0072B2",
+    "refined": "#009E73",
+}
+_BLUE, _VERMILLION = "#0072B2", "#D55E00"
+_POINTS = 300  # single pairs are drawn beside boxes up to this many
+_SCATTERED = 3000  # and in scatter plots; more are counted in hexagons
+_MATRIX = 150  # subjects, most that a matrix shows
+_DPI = 115
 
 
-def distributions(data: ReportData) -> bytes:
-    """Dice and distance by stage, similarity of the matches, folding, smoothness and time of the fits."""
-    figure = Figure(figsize=(11, 6.2), layout="constrained")
-    axes = figure.subplots(2, 3).ravel()
+@contextmanager
+def theme(dark: bool) -> Iterator[None]:
+    """Draw on the background of the page, light or dark."""
+    ink, paper, line = ("#e6e8ea", "#14171a", "#8a929b") if dark else ("#1c2024", "#ffffff", "#6b737c")
+    colours: dict[Any, Any] = {
+        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), ink),
+        **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), line),
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor"), paper),
+        **dict.fromkeys(("patch.facecolor", "lines.color"), "#56B4E9" if dark else _BLUE),
+    }
+    sizes: dict[Any, Any] = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.titlepad": 9}
+    with matplotlib.rc_context({**colours, **sizes}):
+        yield
+
+
+def accuracy(data: ReportData) -> bytes:
+    """Dice and distance by stage, and every pair before against after."""
+    prefix, unit, meaning = data.distance
+    figure, axes = _panels(11, 3.4, 1, 3)
     _stages(axes[0], {stage: data.values(column) for stage, column in DICE.items()}, "Dice, mean over labels")
     axes[0].set_ylim(0, 1)
-    prefix, unit, meaning = data.distance
     tre = {stage: data.values(prefix + ending) for stage, ending in TRE_STAGES.items()}
     _stages(axes[1], tre, f"{meaning} ({unit})")
     axes[1].set_ylim(bottom=0)
-    similarity = np.asarray(data.correspondences.column("similarity").drop_null().to_numpy(), dtype=np.float64)
-    _histogram(axes[2], similarity, "similarity of matched ROIs", "ROI pairs")
-    _histogram(axes[3], 100 * data.values("fold_fraction"), "folded voxels (%)", "pairs")
-    _histogram(axes[4], data.values("sdlogj"), "SD of log Jacobian", "pairs")
-    _histogram(axes[5], data.values("seconds_fit"), "seconds of the fit", "pairs")
+    name = "dice" if data.count("dice") else "distance"
+    title = "Dice of every pair" if name == "dice" else f"{meaning} of every pair ({unit})"
+    before, after = data.columns[f"{name}_before"], data.columns[name]
+    _scatter(axes[2], before, after, data.suspect)
+    low, high = (0.0, 1.0) if name == "dice" else (0.0, 1.05 * float(np.nanmax([before, after], initial=1e-9)))
+    axes[2].plot([low, high], [low, high], color=STAGE_COLOURS["before"], linewidth=1, linestyle="dashed", zorder=1)
+    axes[2].set(title=title, xlabel="before", ylabel="after", xlim=(low, high), ylim=(low, high))
+    return encode_png(figure)
+
+
+def fits(data: ReportData) -> bytes:
+    """Matches, folding, smoothness and time of the pairs."""
+    figure, axes = _panels(11, 5.6, 2, 3)
+    edges = np.linspace(0, 1, BINS + 1)
+    for panel, (name, counts) in zip(axes, data.matches.counts.items(), strict=False):
+        _bars(panel, counts, edges, f"{name} of matched ROIs", "ROI pairs")
+    columns = data.columns
+    _histogram(axes[2], columns["n_rois"], "matched ROIs in the fit", "pairs")
+    _histogram(axes[3], 100 * columns["fold_fraction"], "folded voxels (%)", "pairs")
+    _histogram(axes[4], columns["sdlogj"], "SD of log Jacobian", "pairs")
+    _histogram(axes[5], columns["seconds"], "seconds a pair, all stages", "pairs")
+    return encode_png(figure)
+
+
+def check(data: ReportData, numbers: npt.NDArray[np.int64]) -> bytes:
+    """Histogram of the scores, label-free score against accuracy, and the pairs as a matrix.
+
+    Args:
+        numbers: int64 [2, pairs], moving and fixed subject of every pair as their places in the cohort.
+    """
+    panels = [_scores]
+    if data.count("dice"):
+        panels.append(_score_against_dice)
+    size = int(numbers.max(initial=0)) + 1
+    if size <= _MATRIX and numbers.shape[1] >= 0.2 * size**2:
+        panels.append(lambda axes, data: _matrix(axes, data, numbers, size))
+    figure, places = _panels(3.7 * len(panels), 3.5, 1, len(panels))
+    for axes, draw in zip(places, panels, strict=True):
+        draw(axes, data)
     return encode_png(figure)
 
 
 def dice_by_label(data: ReportData) -> bytes:
     """Median and middle half of the Dice of each label, by stage."""
     labels = data.labels
-    figure = Figure(figsize=(max(5.0, 1.1 * len(labels) + 2), 3.4), layout="constrained")
-    axes = figure.subplots()
-    for offset, (stage, column) in zip((-0.27, -0.09, 0.09, 0.27), DICE.items(), strict=True):
+    stages = {stage: column for stage, column in DICE.items() if data.count(column)}
+    figure, (axes,) = _panels(max(5.0, 1.1 * len(labels) + 2), 3.2, 1, 1)
+    markers = dict(zip(DICE, "os^Dv", strict=True))
+    for offset, (stage, column) in zip(np.linspace(-0.27, 0.27, len(stages)), stages.items(), strict=True):
         found = [(i, data.values(column, label)) for i, label in enumerate(labels)]
         quartiles = np.array([(i, *np.percentile(v, (25, 50, 75))) for i, v in found if len(v)]).reshape(-1, 4)
         x, low, middle, high = quartiles.T
         bars = [middle - low, high - middle]
-        axes.errorbar(
-            x + offset,
-            middle,
-            bars,
-            fmt="o",
-            color=STAGE_COLOURS[stage],
-            capsize=2,
-            markersize=5,
-            label=stage,
-        )
+        style: dict[str, Any] = {"fmt": markers[stage], "color": STAGE_COLOURS[stage], "capsize": 2, "markersize": 5}
+        axes.errorbar(x + offset, middle, bars, label=stage, **style)
     axes.set_xticks(range(len(labels)), [str(label) for label in labels])
     axes.set(xlabel="label", ylabel="Dice", ylim=(0, 1))
-    axes.legend(ncols=4, fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.legend(ncols=5, fontsize=8, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     strip_frame(axes)
     return encode_png(figure)
 
 
-def pair_panels(view: PairView) -> bytes:
-    """Six panels: fixed and moving with their matched ROIs, moved, overlays before and after, the grid."""
-    figure = Figure(figsize=(11, 7.4), layout="constrained")
-    axes = figure.subplots(2, 3)
-    _grey(axes[0, 0], view.fixed, view.aspect, f"fixed, slice {view.fixed_slice}")
-    _grey(axes[0, 1], view.moving, view.aspect, f"moving, slice {view.moving_slice}")
-    for number, (here, there) in enumerate(view.rois):
-        _outline(axes[0, 0], here, number)
-        _outline(axes[0, 1], there, number)
-    _grey(axes[0, 2], view.moved, view.aspect, "moved, on the fixed slice")
-    _label_lines(axes[0, 2], view.fixed_labels, _BLUE, "solid")
-    _label_lines(axes[0, 2], view.moved_labels, _ORANGE, "dashed")
-    for axis, image, title in ((axes[1, 0], view.before, "before"), (axes[1, 1], view.moved, "after")):
-        axis.imshow(composite(view.fixed, image), aspect=view.aspect, interpolation="nearest")
-        axis.set_title(f"{title}: fixed green, moving magenta", fontsize=10)
-        axis.set_axis_off()
-    _deformation_grid(figure, axes[1, 2], view)
-    return encode_png(figure)
+def _panels(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """A figure of this size in inches and its axes, with fixed margins: a layout engine takes longer than drawing."""
+    figure = Figure(figsize=(width, height))
+    left, right, bottom, top, beside, between = 0.55, 0.15, 0.5, 0.4, 0.65, 0.8
+    across = (width - left - right - beside * (columns - 1)) / columns
+    up = (height - bottom - top - between * (rows - 1)) / rows
+    places = {"left": left / width, "right": 1 - right / width, "bottom": bottom / height, "top": 1 - top / height}
+    figure.subplots_adjust(**places, wspace=beside / across, hspace=between / up)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).ravel())
 
 
-def composite(fixed: npt.NDArray[np.float32], moving: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Overlay [H, W, 3] of two images [H, W], all 0..1: grey where equal, else green or magenta."""
-    return np.stack([moving, fixed, moving], axis=-1)
+def _scores(axes: Axes, data: ReportData) -> None:
+    score = data.quality.score
+    _histogram(axes, score, "score of the pairs", "pairs")
+    if np.isfinite(score).any():
+        axes.axvline(LIMIT, color=_VERMILLION, linestyle="dashed", linewidth=1.5)
+        place: dict[str, Any] = {"xytext": (4, -2), "textcoords": "offset points", "va": "top", "fontsize": 8}
+        axes.annotate(f"{LIMIT:g}", (LIMIT, 1), xycoords=("data", "axes fraction"), **place)
 
 
-def _deformation_grid(figure: Figure, axes: Axes, view: PairView) -> None:
-    """Lines of a regular grid where the field takes them, over the length of the displacement."""
-    shown = axes.imshow(view.shift_mm, cmap="cividis", aspect=view.aspect, interpolation="nearest")
-    rows, columns = view.sampled
-    step = max(2, min(rows.shape) // 22)
-    for y in range(0, rows.shape[0], step):
-        axes.plot(columns[y], rows[y], color="white", linewidth=0.7)
-    for x in range(0, rows.shape[1], step):
-        axes.plot(columns[:, x], rows[:, x], color="white", linewidth=0.7)
-    axes.set(xlim=(-0.5, rows.shape[1] - 0.5), ylim=(rows.shape[0] - 0.5, -0.5))
-    axes.set_title(f"deformation grid; colour: displacement ({view.unit})", fontsize=10)
-    axes.set_axis_off()
-    figure.colorbar(shown, ax=axes, shrink=0.8)
+def _score_against_dice(axes: Axes, data: ReportData) -> None:
+    _scatter(axes, data.quality.check, data.columns["dice"], data.suspect)
+    axes.axvline(LIMIT, color=_VERMILLION, linestyle="dashed", linewidth=1.5)
+    axes.set(title="label-free score and Dice", xlabel="label-free score", ylabel="Dice", ylim=(0, 1))
 
 
-def _grey(axes: Axes, image: npt.NDArray[np.float32], aspect: float, title: str) -> None:
-    axes.imshow(image, cmap="gray", vmin=0, vmax=1, aspect=aspect, interpolation="nearest")
-    axes.set_title(title, fontsize=10)
-    axes.set_axis_off()
+def _matrix(axes: Axes, data: ReportData, numbers: npt.NDArray[np.int64], size: int) -> None:
+    """Every pair as a cell: its Dice, or without labels its score."""
+    labelled = bool(data.count("dice"))
+    values = np.full((size, size), np.nan)
+    values[numbers[0], numbers[1]] = data.columns["dice"] if labelled else data.quality.score
+    shown = axes.imshow(values, cmap="cividis" if labelled else "cividis_r", interpolation="nearest")
+    assert axes.figure is not None
+    axes.figure.colorbar(shown, ax=axes, shrink=0.85)
+    axes.set(title="Dice" if labelled else "score", xlabel="fixed subject, number", ylabel="moving subject, number")
+    step = max(1, size // 8)
+    axes.set_xticks(range(0, size, step), [str(i + 1) for i in range(0, size, step)])
+    axes.set_yticks(range(0, size, step), [str(i + 1) for i in range(0, size, step)])
 
 
-def _outline(axes: Axes, mask: npt.NDArray[np.bool_], number: int) -> None:
-    colour = OKABE_ITO[number % len(OKABE_ITO)]
-    axes.contour(np.pad(mask, 1).astype(float), [0.5], colors=[colour], linewidths=1.6, extent=_padded(mask.shape))
-    y, x = (float(index.mean()) for index in np.nonzero(mask))
-    box = {"facecolor": colour, "pad": 1.0, "linewidth": 0}
-    ink = "white" if colour in _DARK else "black"
-    axes.text(x, y, str(number + 1), color=ink, fontsize=8, weight="bold", ha="center", va="center", bbox=box)
-
-
-def _padded(shape: tuple[int, ...]) -> tuple[float, float, float, float]:
-    """Centres of the outer pixels of an image padded by one, in pixels of the image."""
-    return (-1.0, float(shape[1]), -1.0, float(shape[0]))
-
-
-def _label_lines(axes: Axes, labels: npt.NDArray[np.int32] | None, colour: str, style: str) -> None:
-    if labels is None:
-        return
-    for value in np.unique(labels[labels > 0]):
-        axes.contour((labels == value).astype(float), [0.5], colors=[colour], linewidths=1.4, linestyles=[style])
+def _scatter(axes: Axes, x: Values, y: Values, suspect: npt.NDArray[np.bool_]) -> None:
+    strip_frame(axes)
+    known = np.isfinite(x) & np.isfinite(y)
+    if not known.any():
+        show_no_values(axes)
+    elif known.sum() > _SCATTERED:
+        axes.hexbin(x[known], y[known], gridsize=45, bins="log", cmap="cividis_r", mincnt=1, linewidths=0)
+    else:
+        plain, marked = known & ~suspect, known & suspect
+        axes.plot(
+            x[plain],
+            y[plain],
+            "o",
+            color=matplotlib.rcParams["lines.color"],
+            markersize=4,
+            alpha=0.6,
+            markeredgewidth=0,
+        )
+        axes.plot(x[marked], y[marked], "^", color=_VERMILLION, markersize=6, alpha=0.9, markeredgewidth=0)
 
 
 def _stages(axes: Axes, values: Mapping[str, Values], title: str) -> None:
     """A box per stage, with single pairs as points while they are few."""
     known = {stage: found for stage, found in values.items() if len(found)}
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title)
     strip_frame(axes)
     if not known:
         show_no_values(axes)
         return
-    boxes = axes.boxplot(list(known.values()), widths=0.55, patch_artist=True, showfliers=False)
+    ink = matplotlib.rcParams["text.color"]
+    line = {"color": matplotlib.rcParams["axes.edgecolor"]}
+    style: dict[str, Any] = {
+        "widths": 0.55,
+        "patch_artist": True,
+        "showfliers": False,
+        "whiskerprops": line,
+        "capprops": line,
+    }
+    boxes = axes.boxplot(list(known.values()), boxprops={"linewidth": 0}, **style)
     for box, median, stage in zip(boxes["boxes"], boxes["medians"], known, strict=True):
-        box.set(facecolor=STAGE_COLOURS[stage], alpha=0.55)
-        median.set(color="black", linewidth=1.6)
+        box.set(facecolor=STAGE_COLOURS[stage], alpha=0.6)
+        median.set(color=ink, linewidth=1.8)
     for position, found in enumerate(known.values(), 1):
         if len(found) <= _POINTS:
-            spread = np.random.default_rng(0).uniform(-0.16, 0.16, len(found))
-            axes.plot(position + spread, found, ".", color="black", markersize=4, alpha=0.6)
+            spread = np.random.default_rng(0).uniform(-0.18, 0.18, len(found))
+            axes.plot(position + spread, found, ".", color=ink, markersize=3, alpha=0.45)
     axes.set_xticks(range(1, len(known) + 1), list(known))
 
 
 def _histogram(axes: Axes, values: Values, title: str, counted: str) -> None:
-    axes.set_title(title, fontsize=10)
-    strip_frame(axes)
-    if not len(values):
+    known = values[np.isfinite(values)]
+    if not len(known):
+        axes.set_title(title)
+        strip_frame(axes)
         show_no_values(axes)
         return
-    low, high = float(values.min()), float(values.max())
+    low, high = float(known.min()), float(known.max())
     if high - low < 1e-9:
-        low, high = low - 0.5, high + 0.5
-    axes.hist(values, bins=min(40, max(8, int(len(values) ** 0.5))), range=(low, high), color=_BLUE, alpha=0.85)
-    axes.set_ylabel(counted)
+        axes.set_title(title)
+        strip_frame(axes)
+        show_no_values(axes, f"all {counted}: {low:.3g}")
+        return
+    counts, edges = np.histogram(known, bins=min(50, max(8, int(2 * len(known) ** 0.5))), range=(low, high))
+    _bars(axes, counts, edges, title, counted)
+
+
+def _bars(axes: Axes, counts: npt.NDArray[np.int64], edges: Values, title: str, counted: str) -> None:
+    axes.set(title=title, ylabel=counted)
+    strip_frame(axes)
+    if not counts.any():
+        show_no_values(axes)
+        return
+    axes.stairs(counts, edges, fill=True, color=matplotlib.rcParams["patch.facecolor"])
+    axes.set_ylim(bottom=0)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def show_no_values(axes: Axes) -> None:
+def show_no_values(axes: Axes, text: str = "no values") -> None:
     """Say that there is nothing to draw."""
-    axes.text(0.5, 0.5, "no values", ha="center", va="center", transform=axes.transAxes, color="#555555")
+    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
     axes.set(xticks=[], yticks=[])
 
 
@@ -185,5 +254,5 @@ def strip_frame(axes: Axes) -> None:
 def encode_png(figure: Figure) -> bytes:
     """The figure as the bytes of a PNG file."""
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=_DPI, facecolor="white", metadata={"Software": None})
+    figure.savefig(stream, format="png", dpi=_DPI, metadata={"Software": None})
     return stream.getvalue()

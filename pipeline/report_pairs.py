@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from pipeline.algorithms import warp
 from pipeline.folder import StudyFolder
 from pipeline.report_data import ReportData
+from pipeline.results import rows_of
 from storage.cohort import Subject
 from storage.embeddings import EmbeddingStore
 from storage.geometry import Geometry, SliceAxis, moving_to_fixed
@@ -40,7 +41,7 @@ class PairView:
         sampled: float64 [2, H, W], row and column (fixed pixels) where each fixed pixel is taken from.
         shift_mm: float64 [H, W], length of the displacement.
         fixed_slice, moving_slice: indices.
-        aspect: height over width of a fixed pixel.
+        aspect, moving_aspect: height over width of a fixed and of a moving pixel.
     """
 
     fixed: Grey
@@ -57,19 +58,23 @@ class PairView:
     fixed_slice: int
     moving_slice: int
     aspect: float
+    moving_aspect: float
 
 
 class NoPictureError(ValueError):
     """The pictures of a pair cannot be made; the message says why."""
 
 
-def read_pair_view(data: ReportData, pair: str) -> PairView:
+def read_pair_view(data: ReportData, row: Mapping[str, Any]) -> PairView:
     """Read images, ROI masks and field of a pair of a study.
+
+    Args:
+        row: its `pair`, `moving` and `fixed`.
 
     Raises:
         NoPictureError: when an image, the transform or a subject's embedding cannot be read.
     """
-    row = next(r for r in data.means.to_pylist() if r["pair"] == pair)
+    pair = row["pair"]
     try:
         fixed_subject, moving_subject = data.subjects[row["fixed"]], data.subjects[row["moving"]]
     except KeyError as error:
@@ -80,13 +85,21 @@ def read_pair_view(data: ReportData, pair: str) -> PairView:
         fixed, moving = _read(store, fixed_subject), _read(store, moving_subject)
         ddf = read_ddf(folder.transform(pair), fixed.geometry, moving.geometry)
         labels = [_read_labels(fixed_subject, fixed.geometry), _read_labels(moving_subject, moving.geometry)]
-    except (ImageError, TransformError, FileNotFoundError) as error:
+    except FileNotFoundError as error:
+        raise NoPictureError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
+    except (ImageError, TransformError) as error:
         raise NoPictureError(str(error)) from None
-    correspondences = data.correspondences
-    matches = correspondences.filter(pc.equal(correspondences.column("pair"), pair)).to_pylist()
+    matches = read_matches_of(data, pair)
     fixed_slice, moving_slice, chosen = choose_slices(matches, fixed.geometry, moving.geometry)
     rois = _masks(store, row["fixed"], row["moving"], chosen)
     return make_view(fixed, moving, ddf, labels[0], labels[1], rois, (fixed_slice, moving_slice))
+
+
+def read_matches_of(data: ReportData, pair: str) -> list[dict[str, Any]]:
+    """The correspondences of one pair, from the one part that holds them."""
+    known = data.matches.pairs
+    parts = known.filter(pc.equal(known.column("pair"), pair)).column("part").to_pylist()
+    return rows_of(data.root, "correspondences", parts[0], [pair])[pair] if parts else []
 
 
 def choose_slices(
@@ -142,6 +155,7 @@ def make_view(
         fixed_slice=z,
         moving_slice=w,
         aspect=spacing[1] / spacing[2],
+        moving_aspect=moving.geometry.spacing_mm[1] / moving.geometry.spacing_mm[2],
     )
 
 

@@ -19,7 +19,7 @@ from storage.images import read_image, read_labels
 from storage.signature import digest
 from storage.transforms import write_transform
 
-HOSTILE = '<img src=x onerror="document.title=1"> & $x$'
+HOSTILE = '<img src=x onerror="document.title=1"></script><script>document.title=1</script> & $x$'
 
 
 def write_study(root: Path, hostile: bool = False, shape: tuple[int, int, int] = (3, 64, 64)) -> Path:

@@ -50,10 +50,9 @@ def _run(installed: Path, where: Path, *arguments: str) -> subprocess.CompletedP
 
 def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    expected = {str(path.relative_to(REPO)) for package in PACKAGES for path in (REPO / package).rglob("*.py")} | {
-        "samreg.py"
-    }
-    assert held == expected
+    kinds = ("*.py", "*.css", "*.js")
+    files = {path for package in PACKAGES for kind in kinds for path in (REPO / package).rglob(kind)}
+    assert held == {str(path.relative_to(REPO)) for path in files} | {"samreg.py"}
 
 
 def test_every_module_imports_from_the_wheel(installed: Path, tmp_path: Path) -> None:
