@@ -1,6 +1,7 @@
 """The `samreg` command.
 
-Exit codes: 0 all done, 1 something failed or is missing, 2 wrong usage, 130 interrupted, 143 ended by SIGTERM.
+Exit codes: 0 all done, 1 something failed or is missing, 2 wrong usage, 130 interrupted, 143 ended by SIGTERM;
+of `submit` also 3: the job was stopped, killed or lost.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from pipeline import cli_cohort, cli_demo, cli_export, cli_report, cli_sweep, cli_weights
+from pipeline import cli_cohort, cli_demo, cli_export, cli_report, cli_submit, cli_sweep, cli_weights
+from storage.redaction import RedactingFormatter, redact
 
 if TYPE_CHECKING:
     from pipeline.config import StudyConfig
@@ -210,7 +212,12 @@ def _errors_as_exit_codes(out: Path | None) -> Iterator[None]:
         _stop(str(error), USAGE)
 
 
-def _mount(command: Callable[..., None], to: typer.Typer = app, name: str | None = None) -> None:
+def _mount(
+    command: Callable[..., None],
+    to: typer.Typer = app,
+    name: str | None = None,
+    settings: dict[str, Any] | None = None,
+) -> None:
     """Add a command whose function lies in another module, with the same treatment of errors."""
 
     @functools.wraps(command)
@@ -218,11 +225,11 @@ def _mount(command: Callable[..., None], to: typer.Typer = app, name: str | None
         with _errors_as_exit_codes(options.get("out") or options.get("study")):
             command(*arguments, **options)
 
-    to.command(name)(guarded)
+    to.command(name, context_settings=settings)(guarded)
 
 
 def _stop(message: str, code: int) -> NoReturn:
-    typer.echo(f"samreg: {message}", err=True)
+    typer.echo(f"samreg: {redact(message)}", err=True)
     raise typer.Exit(code)
 
 
@@ -235,6 +242,7 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 
 _mount(cli_report.report)
+_mount(cli_submit.submit, settings=cli_submit.PASS_ON)
 _mount(cli_sweep.sweep)
 _mount(cli_export.export)
 _mount(cli_export.apply)
@@ -250,7 +258,9 @@ def main() -> None:
     """Entry point of the command."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("samreg").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _terminate)
     app(prog_name="samreg")
