@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from pipeline import cli_cohort, cli_demo, cli_export, cli_report, cli_submit, cli_sweep, cli_weights
+from pipeline import cli_cohort, cli_demo, cli_doctor, cli_export, cli_report, cli_submit, cli_sweep, cli_weights
 from storage.redaction import RedactingFormatter, redact
 
 if TYPE_CHECKING:
@@ -247,6 +247,7 @@ _mount(cli_sweep.sweep)
 _mount(cli_export.export)
 _mount(cli_export.apply)
 _mount(cli_demo.demo)
+_mount(cli_doctor.doctor)
 _mount(cli_cohort.rois, cohort_app)
 _mount(cli_cohort.from_layout, cohort_app, "from")
 _mount(cli_weights.list_weights, weights_app, "list")

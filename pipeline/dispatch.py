@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import time
 import traceback
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("samreg")
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+LIGHT_SECONDS = 0.05  # units are sent together until a call takes so long
+MOST_TOGETHER = 256
+WAIT_SECONDS = 60.0  # between two warnings that no worker has started
 RAY_START_SECONDS = 8.0  # ray.init and the first import in its workers, on two cores
 
 NO_GPU = "execution.device is cuda but there is no GPU here; set it to cpu or auto"
@@ -117,17 +121,32 @@ def run_in_worker(task: Task, token: str, device: str, threads: int, unit: Any, 
     return attempt(build_and_run, unit, number)
 
 
-class SerialExecutor(AbstractContextManager["SerialExecutor"]):
-    """Runs every unit in this process, one after the other."""
+def run_all_in_worker(
+    task: Task, token: str, device: str, threads: int, units: Sequence[tuple[Any, int]]
+) -> tuple[list[Any | Failure], float]:
+    """Run (unit, number of the attempt) one after the other; their outcomes, and the seconds they took together."""
+    start = time.perf_counter()
+    outcomes = [run_in_worker(task, token, device, threads, unit, number) for unit, number in units]
+    return outcomes, time.perf_counter() - start
 
-    def __init__(self, config: ExecutionConfig) -> None:
+
+def _unguarded() -> None:
+    """The check of work that nobody can take away."""
+
+
+class SerialExecutor(AbstractContextManager["SerialExecutor"]):
+    """Runs every unit in this process, one after the other; `check` is called between them and raises to stop."""
+
+    def __init__(self, config: ExecutionConfig, check: Callable[[], None] = _unguarded) -> None:
         self.config = config
+        self.check = check
         self.workers = self.active_workers = 1
 
     def map_units(self, task: Task, units: Iterable[Any]) -> Iterator[tuple[Any, Any | Failure]]:
         """Run `units` in order."""
         token = f"{task.name}-{id(task)}"
         for unit in units:
+            self.check()
             yield unit, run_in_worker(task, token, self._device(task), self.config.threads, unit, 1)
         _built.pop(token, None)
 
@@ -158,14 +177,16 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
 
     Args:
         config: where and how wide.
+        check: called between units; raises to stop.
         rounds: how often such work as the present task's is to come, which counts when Ray's start is weighed.
     """
 
-    def __init__(self, config: ExecutionConfig, rounds: int = 1) -> None:
+    def __init__(self, config: ExecutionConfig, check: Callable[[], None] = _unguarded, rounds: int = 1) -> None:
         self.config = config
+        self.check = check
         self.rounds = rounds
         self.workers = config.workers or own_cores()
-        self._serial = SerialExecutor(config)
+        self._serial = SerialExecutor(config, check)
         self._started = False
         self._owns_ray = False
         self._pool: WorkerPool | None = None
@@ -202,21 +223,21 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         device, count = self._place(task)
         pool = self._pool_for(min(count, len(units)), self.config.gpu_fraction if device == "cuda" else 0.0)
         arguments = (task, f"{os.getpid()}-{self._task_number}", device, self.config.threads)
-        yield from _run_bounded(pool, arguments, self.config.attempts, units)
+        for unit, outcome in _run_bounded(pool, arguments, self.config.attempts, units):
+            self.check()
+            yield unit, outcome
 
     def peak_memory_bytes(self) -> int | None:
         """Largest resident memory of a living worker so far; None before Ray has started."""
         return max(self._pool.ask(own_peak_memory), default=None) if self._pool is not None else None
 
     def _start_ray(self) -> None:
-        from actors.pool import cluster_resources, connect
+        from actors.pool import connect
 
         if self._started:
             return
         limit_threads(self.config.threads)
         self._owns_ray = connect(self.workers)
-        if self.config.workers is None:
-            self.workers = max(1, int(cluster_resources().get("CPU", 1)))
         self._started = True
 
     def _place(self, task: Task) -> tuple[str, int]:
@@ -227,7 +248,10 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         """
         from actors.pool import cluster_resources
 
-        gpus = float(cluster_resources().get("GPU", 0.0))
+        resources = cluster_resources()
+        gpus = float(resources.get("GPU", 0.0))
+        if self.config.workers is None:
+            self.workers = max(1, int(resources.get("CPU", 1)))  # now: a cluster grows and shrinks
         if self.config.device == "cuda" and not gpus and task.uses_gpu and "RAY_ADDRESS" not in os.environ:
             raise ExecutionError(NO_GPU)
         if task.uses_gpu and (self.config.device == "cuda" or (self.config.device == "auto" and gpus)):
@@ -244,7 +268,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
             return pool
         if pool is not None:
             pool.close()
-        self._pool = WorkerPool(count, num_gpus)
+        self._pool = WorkerPool(count, num_gpus, int((self.config.worker_gib or 0) * 2**30))
         return self._pool
 
     def __exit__(self, *error: object) -> None:
@@ -259,33 +283,55 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
 def _run_bounded(
     pool: WorkerPool, arguments: tuple[Any, ...], attempts: int, units: Iterable[Any]
 ) -> Iterator[tuple[Any, Any | Failure]]:
-    """The one bounded loop: a unit per free worker, then the suspects one at a time."""
-    import ray
-
+    """The one bounded loop: a call per free worker, then the suspects one at a time."""
     from actors.pool import WorkerLostError
 
     queue = deque((unit, 1) for unit in units)
     suspects: deque[tuple[Any, int]] = deque()
-    flying: dict[Any, tuple[Any, int]] = {}
+    flying: dict[Any, list[tuple[Any, int]]] = {}
+    together = 1
     while queue or suspects or flying:
         while pool.has_idle and (queue or (suspects and not flying)):
-            unit, number = (queue or suspects).popleft()
-            flying[pool.submit(run_in_worker, *arguments, unit, number)] = (unit, number)
-        done, _ = ray.wait(pool.running, num_returns=1)
-        for ref in done:
-            unit, number = flying.pop(ref)
+            most = min(together, math.ceil(len(queue) / (2 * pool.count)))
+            sent = [(queue or suspects).popleft() for _ in range(max(1, most))]
+            flying[pool.submit(run_all_in_worker, *arguments, sent)] = sent
+        for ref in _wait(pool, arguments[0].name):
+            sent = flying.pop(ref)
             try:
-                outcome = pool.collect(ref)
+                outcomes, seconds = pool.collect(ref)
             except WorkerLostError as error:
-                LOG.warning("%s: lost the worker of %s: %s", arguments[0].name, unit.unit, error)
-                if number < attempts:
-                    suspects.append((unit, number + 1))
-                    continue
-                message = f"its worker died {number} times, the last time alone: {error}"
-                outcome = Failure(unit.unit, "WorkerLost", message, "", number)
-            yield unit, outcome
+                names = ", ".join(unit.unit for unit, _ in sent)
+                LOG.warning("%s: lost the worker of %s: %s", arguments[0].name, names, error)
+                for unit, number in sent:
+                    if number < attempts:
+                        suspects.append((unit, number + 1))
+                    else:
+                        message = f"its worker died {number} times, the last time alone: {error}"
+                        yield unit, Failure(unit.unit, "WorkerLost", message, "", number)
+                continue
+            together = _how_many_together(together, seconds / len(sent))
+            yield from zip((unit for unit, _ in sent), outcomes, strict=True)
 
 
-def open_executor(config: ExecutionConfig, rounds: int = 1) -> RayExecutor | SerialExecutor:
+def _wait(pool: WorkerPool, task: str) -> Sequence[Any]:
+    """Finished calls; a line now and then while the cluster gives no worker."""
+    from actors.pool import cluster_resources
+
+    done = pool.wait(WAIT_SECONDS)
+    if not done and not pool.started:
+        wanted, there = ({k: v for k, v in each.items() if v} for each in (pool.demand, cluster_resources()))
+        there = {name: there.get(name, 0.0) for name in wanted}
+        LOG.warning("%s: waiting for workers; each wants %s, the cluster has %s in all", task, wanted, there)
+    return done
+
+
+def _how_many_together(before: int, seconds: float) -> int:
+    """Units of so many seconds to send in one call; no more than twice as many as before."""
+    return max(1, min(MOST_TOGETHER, 2 * before, int(LIGHT_SECONDS / max(seconds, 1e-6))))
+
+
+def open_executor(
+    config: ExecutionConfig, check: Callable[[], None] = _unguarded, rounds: int = 1
+) -> RayExecutor | SerialExecutor:
     """The executor that the configuration names, for work that comes in so many rounds."""
-    return SerialExecutor(config) if config.executor == "serial" else RayExecutor(config, rounds)
+    return SerialExecutor(config, check) if config.executor == "serial" else RayExecutor(config, check, rounds)

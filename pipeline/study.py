@@ -85,7 +85,7 @@ def run_study(
     if until not in STAGES:
         raise UsageError(f"until is {until!r}, which is no stage; stages are {', '.join(STAGES)}")
     folder = StudyFolder(Path(out).absolute())
-    with stopped_by_full_disk(folder), folder.lock(), open_executor(config.execution) as executor:
+    with stopped_by_full_disk(folder), folder.lock() as lock, open_executor(config.execution, lock.check) as executor:
         folder.clear_abandoned()
         study = Study(config, cohort, folder, executor, reporter or Reporter(), until)
         return study.run(pairs, unknown, overwrite)

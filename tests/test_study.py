@@ -226,12 +226,6 @@ def test_a_second_driver_is_refused(study: Path, cohort: Path) -> None:
     _run(cohort, study)
 
 
-def test_a_lock_left_on_another_machine_is_not_taken(study: Path, cohort: Path) -> None:
-    (study / ".lock").write_text("process 12 on elsewhere")
-    with pytest.raises(FolderError, match="process 12 on elsewhere; if that is no longer running, delete"):
-        _run(cohort, study)
-
-
 @pytest.mark.parametrize(
     ("pairs", "count"),
     [({"mode": "knn", "k": 1}, 3), ({"mode": "star", "reference": "medoid"}, 2), ({"mode": "tree", "extra": 0}, 2)],
