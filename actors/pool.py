@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -140,6 +140,11 @@ class WorkerPool:
         """Workers that have started and live."""
         return len(self._idle) + len(self._busy)
 
+    @property
+    def busy(self) -> int:
+        """Calls in flight."""
+        return len(self._busy)
+
     def submit(self, function: Callable[..., Any], *args: Any) -> ray.ObjectRef[Any]:
         """Start a call on the free worker that was used last."""
         actor = self._idle.pop()
@@ -186,16 +191,6 @@ class WorkerPool:
             raise WorkerLostError(f"{type(error).__name__}: {_first_line(error)}") from error
         self._idle.append(actor)
         return result
-
-    def ask(self, function: Callable[[], Any]) -> list[Any]:
-        """Call `function` on every free worker; one that does not answer is left out."""
-        refs = [actor.call.remote(function) for actor in self._idle]
-        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=5.0) if refs else ([], [])
-        answers = []
-        for ref in ready:
-            with suppress(*LOST):
-                answers.append(ray.get(ref))
-        return answers
 
     def close(self) -> None:
         """End every worker."""

@@ -17,6 +17,7 @@ _MEANING = {
     "cohort_rois": "after `samreg cohort rois`, one row per track that was found in another subject",
     "failures": "one row per unit of work that failed in the latest run",
     "runs": "one row per run and stage",
+    "units": "one row per unit of work of every run, as it came to its end",
 }
 
 

@@ -1,4 +1,4 @@
-"""Run units on Ray or in this process: the only `ray.wait` loop and the only broad `except` of the project.
+"""Run units on Ray or in this process: the only broad `except` of the project.
 
 A unit is a small picklable object with a `unit` name. A `Task` builds the function that runs units, once per
 process, so a model is loaded once per worker. Both executors call the same function with the same number of
@@ -13,28 +13,26 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 import os
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pipeline.errors import UsageError
 from pipeline.execution import ExecutionConfig
-from pipeline.process import limit_threads, own_cores, own_peak_memory
+from pipeline.process import limit_threads, own_cores
+from pipeline.usage import Usage, measured
+from storage.redaction import redact
 
 if TYPE_CHECKING:
     from actors.pool import WorkerPool
 
 LOG = logging.getLogger("samreg")
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-LIGHT_SECONDS = 0.05  # units are sent together until a call takes so long
-MOST_TOGETHER = 256
-WAIT_SECONDS = 60.0  # between two warnings that no worker has started
 RAY_START_SECONDS = 8.0  # ray.init and the first import in its workers, on two cores
 
 NO_GPU = "execution.device is cuda but there is no GPU here; set it to cpu or auto"
@@ -90,6 +88,9 @@ class Failure:
 class Executor(AbstractContextManager["Executor"], Protocol):
     """Maps a task over units, yielding each with its result or its Failure, in order of completion."""
 
+    ledger: list[Usage]
+    """What every unit so far took; whoever reads it may empty it."""
+
     def map_units(self, task: Task, units: Sequence[Any]) -> Iterator[tuple[Any, Any | Failure]]: ...
 
 
@@ -98,9 +99,9 @@ def attempt(function: Callable[[Any], T], unit: Any, number: int = 1) -> T | Fai
     try:
         return function(unit)
     except Exception as error:
-        text = "".join(traceback.format_exception(error))
+        text = redact("".join(traceback.format_exception(error)))
         code = error.errno if isinstance(error, OSError) else None
-        return Failure(unit.unit, type(error).__name__, str(error), text, number, code)
+        return Failure(unit.unit, type(error).__name__, redact(str(error)), text, number, code)
 
 
 _built: dict[str, Callable[[Any], Any]] = {}
@@ -122,12 +123,19 @@ def run_in_worker(task: Task, token: str, device: str, threads: int, unit: Any, 
 
 
 def run_all_in_worker(
-    task: Task, token: str, device: str, threads: int, units: Sequence[tuple[Any, int]]
-) -> tuple[list[Any | Failure], float]:
-    """Run (unit, number of the attempt) one after the other; their outcomes, and the seconds they took together."""
-    start = time.perf_counter()
-    outcomes = [run_in_worker(task, token, device, threads, unit, number) for unit, number in units]
-    return outcomes, time.perf_counter() - start
+    task: Task, token: str, device: str, gpu_share: float, threads: int, units: Sequence[tuple[Any, int]]
+) -> list[tuple[Any | Failure, Usage]]:
+    """Run (unit, number of the attempt) one after the other; the outcome of each and what it took."""
+    outcomes: list[Any | Failure] = []
+
+    def run(unit: tuple[Any, int]) -> None:
+        outcomes.append(run_in_worker(task, token, device, threads, *unit))
+
+    used = measured(run, [(unit.unit, (unit, number)) for unit, number in units], gpu_share)
+    return [
+        (outcome, replace(usage, failed=isinstance(outcome, Failure)))
+        for outcome, usage in zip(outcomes, used, strict=True)
+    ]
 
 
 def _unguarded() -> None:
@@ -141,18 +149,20 @@ class SerialExecutor(AbstractContextManager["SerialExecutor"]):
         self.config = config
         self.check = check
         self.workers = self.active_workers = 1
+        self.running = 0
+        self.ledger: list[Usage] = []
 
     def map_units(self, task: Task, units: Iterable[Any]) -> Iterator[tuple[Any, Any | Failure]]:
         """Run `units` in order."""
         token = f"{task.name}-{id(task)}"
+        device = self._device(task)
         for unit in units:
             self.check()
-            yield unit, run_in_worker(task, token, self._device(task), self.config.threads, unit, 1)
+            share = float(device == "cuda")
+            ((outcome, usage),) = run_all_in_worker(task, token, device, share, self.config.threads, [(unit, 1)])
+            self.ledger.append(usage)
+            yield unit, outcome
         _built.pop(token, None)
-
-    def peak_memory_bytes(self) -> int | None:
-        """Largest resident memory of a worker so far."""
-        return own_peak_memory()
 
     def _device(self, task: Task) -> str:
         if not task.uses_gpu or self.config.device == "cpu":
@@ -187,6 +197,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         self.rounds = rounds
         self.workers = config.workers or own_cores()
         self._serial = SerialExecutor(config, check)
+        self.ledger = self._serial.ledger
         self._started = False
         self._owns_ray = False
         self._pool: WorkerPool | None = None
@@ -218,18 +229,24 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         return self.workers if self._started else 1
 
     def _map_on_ray(self, task: Task, units: Collection[Any]) -> Iterator[tuple[Any, Any | Failure]]:
+        from pipeline.window import run_bounded
+
         self._start_ray()
         self._task_number += 1
         device, count = self._place(task)
-        pool = self._pool_for(min(count, len(units)), self.config.gpu_fraction if device == "cuda" else 0.0)
-        arguments = (task, f"{os.getpid()}-{self._task_number}", device, self.config.threads)
-        for unit, outcome in _run_bounded(pool, arguments, self.config.attempts, units):
+        share = self.config.gpu_fraction if device == "cuda" else 0.0
+        pool = self._pool_for(min(count, len(units)), share)
+        arguments = (task, f"{os.getpid()}-{self._task_number}", device, share, self.config.threads)
+        for unit, outcome, usage in run_bounded(pool, arguments, self.config.attempts, units):
             self.check()
+            if usage is not None:
+                self.ledger.append(usage)
             yield unit, outcome
 
-    def peak_memory_bytes(self) -> int | None:
-        """Largest resident memory of a living worker so far; None before Ray has started."""
-        return max(self._pool.ask(own_peak_memory), default=None) if self._pool is not None else None
+    @property
+    def running(self) -> int:
+        """Calls in flight."""
+        return self._pool.busy if self._pool is not None else 0
 
     def _start_ray(self) -> None:
         from actors.pool import connect
@@ -278,56 +295,6 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         from actors.pool import disconnect
 
         disconnect(self._pool, stop=self._owns_ray)
-
-
-def _run_bounded(
-    pool: WorkerPool, arguments: tuple[Any, ...], attempts: int, units: Iterable[Any]
-) -> Iterator[tuple[Any, Any | Failure]]:
-    """The one bounded loop: a call per free worker, then the suspects one at a time."""
-    from actors.pool import WorkerLostError
-
-    queue = deque((unit, 1) for unit in units)
-    suspects: deque[tuple[Any, int]] = deque()
-    flying: dict[Any, list[tuple[Any, int]]] = {}
-    together = 1
-    while queue or suspects or flying:
-        while pool.has_idle and (queue or (suspects and not flying)):
-            most = min(together, math.ceil(len(queue) / (2 * pool.count)))
-            sent = [(queue or suspects).popleft() for _ in range(max(1, most))]
-            flying[pool.submit(run_all_in_worker, *arguments, sent)] = sent
-        for ref in _wait(pool, arguments[0].name):
-            sent = flying.pop(ref)
-            try:
-                outcomes, seconds = pool.collect(ref)
-            except WorkerLostError as error:
-                names = ", ".join(unit.unit for unit, _ in sent)
-                LOG.warning("%s: lost the worker of %s: %s", arguments[0].name, names, error)
-                for unit, number in sent:
-                    if number < attempts:
-                        suspects.append((unit, number + 1))
-                    else:
-                        message = f"its worker died {number} times, the last time alone: {error}"
-                        yield unit, Failure(unit.unit, "WorkerLost", message, "", number)
-                continue
-            together = _how_many_together(together, seconds / len(sent))
-            yield from zip((unit for unit, _ in sent), outcomes, strict=True)
-
-
-def _wait(pool: WorkerPool, task: str) -> Sequence[Any]:
-    """Finished calls; a line now and then while the cluster gives no worker."""
-    from actors.pool import cluster_resources
-
-    done = pool.wait(WAIT_SECONDS)
-    if not done and not pool.started:
-        wanted, there = ({k: v for k, v in each.items() if v} for each in (pool.demand, cluster_resources()))
-        there = {name: there.get(name, 0.0) for name in wanted}
-        LOG.warning("%s: waiting for workers; each wants %s, the cluster has %s in all", task, wanted, there)
-    return done
-
-
-def _how_many_together(before: int, seconds: float) -> int:
-    """Units of so many seconds to send in one call; no more than twice as many as before."""
-    return max(1, min(MOST_TOGETHER, 2 * before, int(LIGHT_SECONDS / max(seconds, 1e-6))))
 
 
 def open_executor(

@@ -21,7 +21,8 @@ from typing import Any
 
 import yaml
 
-from pipeline.lock import FolderError, StudyLock, hold
+from pipeline.errors import FolderError
+from pipeline.lock import StudyLock, hold
 from storage import tables
 from storage.atomic import clear_abandoned, replace_file
 from storage.cohort import subject_key

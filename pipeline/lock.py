@@ -20,17 +20,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.errors import UsageError
+from pipeline.errors import FolderError
 
 LOG = logging.getLogger("samreg")
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 90.0
 _LOOK_SECONDS = 2.0
 _NOT_WRITABLE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST})
-
-
-class FolderError(UsageError):
-    """The output folder cannot be used for this study; the message says what to do."""
 
 
 @dataclass
@@ -120,7 +116,7 @@ def hold(root: Path) -> Iterator[StudyLock]:
 def _claim(root: Path, path: Path) -> int:
     """Descriptor of the lock file, locked, once nobody living holds it."""
     while True:
-        descriptor = _open(root, path)
+        descriptor, ours = _open(root, path), False
         try:
             holder = _shown(_read(descriptor))
             free = _lock(descriptor)
@@ -128,16 +124,17 @@ def _claim(root: Path, path: Path) -> int:
             if not free and not elsewhere:
                 raise _held(root, f"{holder or 'another process'}. Wait for it or end it")
             if free and not elsewhere:
+                ours = True
                 return descriptor
             _wait_for_beat(root, path, holder)
             LOG.warning("%s: taking over from %s, which has given no sign of life", root, holder)
             if free:
+                ours = True
                 return descriptor
             path.unlink(missing_ok=True)  # a server still holds the lock of a machine that is gone
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
+        finally:
+            if not ours:
+                os.close(descriptor)
 
 
 def _held(root: Path, by: str) -> FolderError:

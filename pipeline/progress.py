@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -23,7 +24,11 @@ from rich.text import Text
 LOG = logging.getLogger("samreg")
 LOG_EVERY_SECONDS = 30.0
 
-Advance = Callable[[int], None]
+
+class Advance(Protocol):
+    """Called with the number of units just finished, those of the stage that failed so far, and those running."""
+
+    def __call__(self, count: int, failed: int = 0, running: int = 0) -> None: ...
 
 
 class RateColumn(ProgressColumn):
@@ -45,11 +50,15 @@ class Reporter:
     def stage(self, name: str, total: int, noun: str) -> Iterator[Advance]:
         """Show one stage of `total` units; call the yielded function with the number just finished."""
         if total == 0:
-            yield lambda count: None
+            yield _ignore
         elif self.console.is_terminal:
             with self._bars() as bars:
-                bar = bars.add_task(name, total=total, noun=noun)
-                yield lambda count: bars.advance(bar, count)
+                bar = bars.add_task(name, total=total, noun=noun, state="")
+
+                def advance(count: int, failed: int = 0, running: int = 0) -> None:
+                    bars.update(bar, advance=count, state=_state(failed, running))
+
+                yield advance
         else:
             yield from _log_stage(name, total, noun)
 
@@ -58,6 +67,7 @@ class Reporter:
             TextColumn("{task.description:<11}"),
             BarColumn(),
             MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
             RateColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
@@ -65,21 +75,35 @@ class Reporter:
         )
 
 
+def _ignore(count: int, failed: int = 0, running: int = 0) -> None:
+    """Show nothing."""
+
+
+def _state(failed: int, running: int) -> str:
+    """How many failed and run, those that are not 0."""
+    counts = {"failed": failed, "running": running}
+    return "".join(f", {count} {name}" for name, count in counts.items() if count).removeprefix(", ")
+
+
 def _log_stage(name: str, total: int, noun: str) -> Iterator[Advance]:
     start = last = time.monotonic()
-    done = 0
+    done = failures = 0
 
-    def advance(count: int) -> None:
-        nonlocal done, last
-        done += count
+    def advance(count: int, failed: int = 0, running: int = 0) -> None:
+        nonlocal done, failures, last
+        done, failures = done + count, failed
         now = time.monotonic()
         if now - last >= LOG_EVERY_SECONDS:
             last = now
-            rate = done / (now - start)
-            LOG.info("%s: %d of %d %s, %.2g/s, %.0f s left", name, done, total, noun, rate, (total - done) / rate)
+            rate, state = done / (now - start), _state(failed, running)
+            shown = f" ({state})" if state else ""
+            left = (total - done) / rate
+            LOG.info("%s: %d of %d %s%s, %.2g/s, %.0f s left", name, done, total, noun, shown, rate, left)
 
+    LOG.info("%s: %d %s to do", name, total, noun)
     yield advance
-    LOG.info("%s: %d of %d %s in %.1f s", name, done, total, noun, time.monotonic() - start)
+    failed = f", {failures} failed" if failures else ""
+    LOG.info("%s: %d of %d %s%s in %.1f s", name, done, total, noun, failed, time.monotonic() - start)
 
 
 class SilentReporter(Reporter):
@@ -88,4 +112,4 @@ class SilentReporter(Reporter):
     @contextmanager
     def stage(self, name: str, total: int, noun: str) -> Iterator[Advance]:
         """Yield a function that does nothing."""
-        yield lambda count: None
+        yield _ignore

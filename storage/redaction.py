@@ -18,7 +18,7 @@ _SHORTEST = 8  # shorter values also occur in innocent texts
 
 def redact(text: str) -> str:
     """The text with `***` where a secret stands."""
-    text = _QUERY.sub(rf"\1{HIDDEN}", _USER.sub(HIDDEN, text))
+    text = _without_credentials(text)
     for value in _environment_secrets():
         text = text.replace(value, HIDDEN)
     return text
@@ -27,6 +27,15 @@ def redact(text: str) -> str:
 def has_secret(text: str) -> bool:
     """Whether `redact` would change the text."""
     return redact(text) != text
+
+
+def has_credentials(text: str) -> bool:
+    """Whether a URI in the text carries a user, a password or a signature."""
+    return _without_credentials(text) != text
+
+
+def _without_credentials(text: str) -> str:
+    return _QUERY.sub(rf"\1{HIDDEN}", _USER.sub(HIDDEN, text))
 
 
 def _environment_secrets() -> list[str]:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import lock
-from pipeline.lock import FolderError, hold
+from pipeline.errors import FolderError
+from pipeline.lock import hold
 from tests.phantoms import environment
 
 ELSEWHERE = "process 12 on elsewhere 0123456789abcdef"
