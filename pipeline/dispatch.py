@@ -4,9 +4,9 @@ A unit is a small picklable object with a `unit` name. A `Task` builds the funct
 process, so a model is loaded once per worker. Both executors call the same function with the same number of
 threads, so their results are the same to the bit.
 
-An exception that the function raises is the unit's own failure and is not retried. A worker that dies (kill,
-out of memory, node lost) makes its unit a suspect, run again alone once everything else is done; only a unit
-that loses its worker `attempts` times is blamed.
+An exception that the function raises is the unit's own failure and is not retried. A unit whose worker dies (kill,
+out of memory, node lost) is run again after the others, the last time alone, when nothing else takes memory; only
+one that loses its worker `attempts` times is blamed.
 """
 
 from __future__ import annotations

@@ -25,15 +25,14 @@ WAIT_SECONDS = 60.0  # between two warnings that no worker has started
 def run_bounded(
     pool: WorkerPool, arguments: tuple[Any, ...], attempts: int, units: Iterable[Any]
 ) -> Iterator[tuple[Any, Any | Failure, Usage | None]]:
-    """The one bounded loop: a call per free worker, then the suspects one at a time."""
+    """Outcome of each unit and what it took: a call per free worker, then those about to be blamed, one at a time."""
     queue = deque((unit, 1) for unit in units)
     suspects: deque[tuple[Any, int]] = deque()
     flying: dict[Any, list[tuple[Any, int]]] = {}
     together = 1
     while queue or suspects or flying:
         while pool.has_idle and (queue or (suspects and not flying)):
-            most = min(together, math.ceil(len(queue) / (2 * pool.count)))
-            sent = [(queue or suspects).popleft() for _ in range(max(1, most))]
+            sent = _take(queue, min(together, math.ceil(len(queue) / (2 * pool.count)))) or [suspects.popleft()]
             flying[pool.submit(run_all_in_worker, *arguments, sent)] = sent
         for ref in _wait(pool, arguments[0].name):
             sent = flying.pop(ref)
@@ -44,7 +43,7 @@ def run_bounded(
                 LOG.warning("%s: lost the worker of %s: %s", arguments[0].name, names, error)
                 for unit, number in sent:
                     if number < attempts:
-                        suspects.append((unit, number + 1))
+                        (suspects if number + 1 == attempts else queue).append((unit, number + 1))
                     else:
                         message = f"its worker died {number} times, the last time alone: {error}"
                         yield unit, Failure(unit.unit, "WorkerLost", message, "", number), None
@@ -53,6 +52,16 @@ def run_bounded(
             together = _how_many_together(together, seconds / len(sent))
             for (unit, _), (outcome, usage) in zip(sent, outcomes, strict=True):
                 yield unit, outcome, usage
+
+
+def _take(queue: deque[tuple[Any, int]], most: int) -> list[tuple[Any, int]]:
+    """The next units to send in one call; one that has lost its worker before goes by itself."""
+    sent: list[tuple[Any, int]] = []
+    while queue and len(sent) < max(1, most) and (queue[0][1] == 1 or not sent):
+        sent.append(queue.popleft())
+        if sent[0][1] > 1:
+            break
+    return sent
 
 
 def _wait(pool: WorkerPool, task: str) -> Sequence[Any]:

@@ -15,8 +15,7 @@ import SimpleITK as sitk  # noqa: N813
 
 from pipeline.cohort_rois import write_cohort_rois
 from pipeline.config import make_config
-from pipeline.errors import StudyError, UsageError
-from pipeline.errors import FolderError
+from pipeline.errors import FolderError, StudyError, UsageError
 from pipeline.folder import StudyFolder
 from pipeline.pairs import PairsError
 from pipeline.progress import SilentReporter
