@@ -1,7 +1,8 @@
 """A real study killed at random moments against one left alone: `python benchmarks/interrupted.py --out DIR`.
 
-40 subjects of the hippocampus crops in ../shared/data and all their 780 pairs, with a short fit, on two Ray workers. The
-driver is killed (SIGKILL) at ten moments, random in the number of finished units, and the same command started again.
+40 subjects of the hippocampus crops in ../shared/data and all their 780 pairs, with a short fit, on two Ray workers.
+The driver is killed (SIGKILL) at ten moments, random in the number of finished units, and the same command started
+again.
 Prints whether the tables are equal, and how many pairs were done a second time.
 """
 

@@ -168,7 +168,7 @@ def main() -> None:
     with RayExecutor(ExecutionConfig(executor="ray", workers=given.workers)) as executor:
         waiting = [Simulated(number, 5.0) for number in range(given.workers * 2)]
         start = time.perf_counter()
-        run(executor, Task("start", partial(_build, None)), waiting)
+        run(executor, Task("start", partial(_build, given.out / "start")), waiting)
         print(json.dumps({"what": "start of the workers", "seconds": round(time.perf_counter() - start - 10, 1)}))
         calm = run(executor, Task("encode", partial(_build, given.out / "calm")), subjects)
         _shown("subjects", calm, ideal_seconds=round(ideal, 2), overhead=round(calm.seconds / ideal - 1, 4))

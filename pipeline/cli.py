@@ -109,14 +109,17 @@ def plan(
     executor: ExecutorOption = None,
     workers: WorkersOption = None,
     device: DeviceOption = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Run a few subjects in a temporary folder first, and scale that.")
+    ] = False,
 ) -> None:
-    """Say what `run` would do: subjects, slices, pairs, store size and time, without doing it."""
+    """Say what `run` would do: subjects, slices, pairs, store size, memory and time, without doing it."""
     with _errors_as_exit_codes(out):
         from pipeline.plan import describe_plan, make_plan
         from pipeline.request import read_request
 
         request = read_request(config, cohort, pairs, _with_flags(overrides, executor, workers, device))
-        typer.echo(describe_plan(make_plan(request, out)))
+        typer.echo(describe_plan(make_plan(request, out, probe)))
 
 
 @app.command()

@@ -26,6 +26,7 @@ class Usage:
         host: where it ran.
         started: seconds since the epoch, by the clock of that host.
         seconds: wall time.
+        processor_seconds: of the whole process in that time.
         bytes_read, bytes_written: by the process, whether from disk or from its cache; None where the system does
             not count them. Units that were sent together share them.
         peak_memory_bytes: largest resident memory while it ran, of everything in the process.
@@ -37,6 +38,7 @@ class Usage:
     host: str
     started: float
     seconds: float
+    processor_seconds: float
     bytes_read: int | None = None
     bytes_written: int | None = None
     peak_memory_bytes: int | None = None
@@ -50,10 +52,10 @@ def measured(function: Callable[[T], object], units: Sequence[tuple[str, T]], gp
     _reset_peak()
     found = []
     for name, unit in units:
-        started, start = time.time(), time.perf_counter()
+        started, start, processor = time.time(), time.perf_counter(), time.process_time()
         function(unit)
-        seconds = time.perf_counter() - start
-        found.append(Usage(name, host, started, seconds, gpu_seconds=seconds * gpu_share))
+        seconds, processor = time.perf_counter() - start, time.process_time() - processor
+        found.append(Usage(name, host, started, seconds, processor, gpu_seconds=seconds * gpu_share))
     after, peak = _io_bytes(), _peak_memory()
     each: list[int | None] = [None, None]
     if before is not None and after is not None:

@@ -278,6 +278,7 @@ UNITS = _schema(
         ("host", _TEXT, "", "machine that it ran on"),
         ("started", _TIME, "UTC", "when it started, by the clock of that machine"),
         ("seconds", _MEASURE, "s", "wall time"),
+        ("processor_seconds", _MEASURE, "s", "processor time of the whole process meanwhile"),
         ("bytes_read", pa.int64(), "byte", "read from files, cached or not; units sent together share equally"),
         ("bytes_written", pa.int64(), "byte", "written to files; units sent together share equally"),
         ("peak_memory_bytes", pa.int64(), "byte", "largest resident memory of the process while it ran"),

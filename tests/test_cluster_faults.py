@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -154,3 +155,41 @@ def test_two_drivers_started_together_end_with_the_tables_of_one(
     winner = both[[process.returncode for process in both].index(0)].pid
     assert f"is being written by process {winner} on {os.uname().nodename}" in refused
     assert phantoms.study_tables(out) == undisturbed
+
+
+_GPU_DRIVER = """
+import logging
+from pipeline import window
+from pipeline.dispatch import RayExecutor, Task
+from pipeline.execution import ExecutionConfig
+from tests.test_dispatch import UNITS, _build_square
+
+logging.basicConfig(level=logging.WARNING)
+window.WAIT_SECONDS = 1.0
+config = ExecutionConfig(executor="ray", device="cuda", gpu_fraction=0.5, encode_workers=8)
+with RayExecutor(config) as executor:
+    outcomes = {u.value: o for u, o in executor.map_units(Task("encode", _build_square, uses_gpu=True), UNITS)}
+    print(sorted(value for value in outcomes.values() if isinstance(value, int)), executor.ledger[0].gpu_seconds > 0)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_gpus_that_come_later_are_waited_for_and_used(tmp_path: Path) -> None:
+    """As on a cluster that starts GPU nodes on demand; of eight workers asked for, one node has room for one."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        variables = {**phantoms.environment(), "RAY_ADDRESS": cluster.address}
+        command = [sys.executable, "-c", _GPU_DRIVER]
+        with subprocess.Popen(command, env=variables, stdout=-1, stderr=-1, text=True) as driver:
+            assert driver.stderr is not None
+            said = driver.stderr.readline()
+            assert "encode: waiting for workers; each wants {'CPU': 1.0, 'GPU': 0.5}" in said
+            cluster.add_node(num_cpus=1, num_gpus=1)
+            found, _ = driver.communicate(timeout=200)
+    finally:
+        cluster.shutdown()
+    assert driver.returncode == 0
+    assert found.splitlines()[-1] == "[0, 1, 4, 16, 25] True"
