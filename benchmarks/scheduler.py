@@ -3,7 +3,8 @@
 Simulated subjects, whose encoding sleeps for a known time, and light units, which do nothing, on a local Ray with as
 many worker processes as a cluster would have; then the same subjects while a worker is killed every few seconds.
 Sleeping takes no processor, so a machine of few cores can play a large cluster: what is measured beyond the ideal is
-the driver, Ray and the start of replaced workers, all of which share these few cores.
+the driver, Ray and the start of replaced workers, all of which share these few cores. Counting starts when every
+worker has started.
 """
 
 from __future__ import annotations
@@ -50,6 +51,16 @@ def _encode(folder: Path | None, unit: Simulated) -> int:
         with replace_file(folder / unit.unit) as temporary:
             temporary.write_text(str(os.getpid()))
     return unit.number
+
+
+def _build_start(folder: Path, device: str) -> Callable[[Simulated], int]:
+    """A unit that loads what the others load, and says which process ran it."""
+
+    def start(unit: Simulated) -> int:
+        _encode(folder, unit)
+        return os.getpid()
+
+    return start
 
 
 def _build(folder: Path | None, device: str) -> Callable[[Simulated], int]:
@@ -166,10 +177,11 @@ def main() -> None:
     subjects = [Simulated(number, chance.uniform(*given.seconds)) for number in range(given.subjects)]
     ideal = ideal_seconds(subjects, given.workers)
     with RayExecutor(ExecutionConfig(executor="ray", workers=given.workers)) as executor:
-        waiting = [Simulated(number, 5.0) for number in range(given.workers * 2)]
-        start = time.perf_counter()
-        run(executor, Task("start", partial(_build, given.out / "start")), waiting)
-        print(json.dumps({"what": "start of the workers", "seconds": round(time.perf_counter() - start - 10, 1)}))
+        start, seen = time.perf_counter(), set[int]()
+        while len(seen) < given.workers:
+            waiting = [Simulated(number, 1.0) for number in range(given.workers)]
+            seen |= {pid for _, pid in executor.map_units(Task("start", partial(_build_start, given.out)), waiting)}
+        print(json.dumps({"what": "start of the workers", "seconds": round(time.perf_counter() - start, 1)}))
         calm = run(executor, Task("encode", partial(_build, given.out / "calm")), subjects)
         _shown("subjects", calm, ideal_seconds=round(ideal, 2), overhead=round(calm.seconds / ideal - 1, 4))
         light = run(executor, Task("light", partial(_build, None)), [Simulated(n, 0.0) for n in range(given.units)])

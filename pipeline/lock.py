@@ -148,7 +148,7 @@ def _wait_for_beat(root: Path, path: Path, holder: str) -> None:
         FolderError: as soon as it beats.
     """
     first = _mtime(path)
-    age = _now(root) - first
+    age = max(0.0, _now(root) - first)
     if age < STALE_SECONDS:
         LOG.warning("%s was being written by %s; waiting up to %.0f s for it", root, holder, STALE_SECONDS - age)
     end = time.monotonic() + STALE_SECONDS - age

@@ -28,7 +28,7 @@ PAIR_SECONDS, PAIR_SLICE_SECONDS, PAIR_VOXEL_SECONDS = 0.1, 0.035, 2.5e-6
 CELL_BYTES, CELLS = 140, 64  # component_tree: bytes per feature cell with the masks; cells along the longer side
 SAM_SLICE_BYTES = 2_200_000
 TRANSFORM_BYTES = 5  # per node of a lattice, compressed; its step is mostly that of the plane alone
-PROCESS_BYTES, VOXEL_BYTES, SAM_BYTES = 400 << 20, 350, int(2.4 * GIB)
+PROCESS_BYTES, VOXEL_BYTES, SAM_BYTES = 900 << 20, 250, int(2.4 * GIB)  # with the code of every stage loaded
 
 
 @dataclass(frozen=True)

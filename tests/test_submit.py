@@ -34,7 +34,9 @@ def _code(package: str) -> Iterator[Path]:
 
 
 def test_the_command_is_run_with_the_configuration_sent() -> None:
-    command = submit.run_command("python3.11", ["a b.yaml", "--cohort", "/d/c.csv", "--out", "/d/s"], Path("a b.yaml"))
+    command = submit.run_command(
+        "python3.11", ["./a b.yaml", "--cohort", "/d/c.csv", "--out", "/d/s"], Path("a b.yaml")
+    )
     assert command == "python3.11 -m pipeline.cli run study.yaml --cohort /d/c.csv --out /d/s --executor ray"
     assert submit.run_command("p", ["--executor", "serial"]) == "p -m pipeline.cli run --executor serial"
 
