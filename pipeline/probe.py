@@ -22,9 +22,9 @@ PROBED = 3  # subjects: the largest, the smallest, and the one between
 GIB = 2**30
 
 # One CPU core and thread, data sets of 35 x 50 to 216 x 256 pixels a slice.
-SLICE_SECONDS, PIXEL_SECONDS = 0.03, 4.2e-6  # component_tree, encoding and pooling
+SLICE_SECONDS, PIXEL_SECONDS = 0.05, 1.9e-6  # component_tree, encoding and pooling
 SAM_SLICE_SECONDS = 20.0
-PAIR_SECONDS, PAIR_SLICE_SECONDS, PAIR_VOXEL_SECONDS = 0.1, 0.035, 2.5e-6
+PAIR_SECONDS, PAIR_SLICE_SECONDS, PAIR_VOXEL_SECONDS = 0.1, 0.055, 2.5e-6
 CELL_BYTES, CELLS = 140, 64  # component_tree: bytes per feature cell with the masks; cells along the longer side
 SAM_SLICE_BYTES = 2_200_000
 TRANSFORM_BYTES = 5  # per node of a lattice, compressed; its step is mostly that of the plane alone

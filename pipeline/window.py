@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from actors.pool import WorkerLostError, WorkerPool, cluster_resources
-from pipeline.dispatch import Failure, run_all_in_worker
+from actors.pool import WorkerLostError, WorkerPool, WorkersNeverStartError, cluster_resources
+from pipeline.dispatch import ExecutionError, Failure, run_all_in_worker
 from pipeline.usage import Usage
 
 LOG = logging.getLogger("samreg")
@@ -65,8 +65,17 @@ def _take(queue: deque[tuple[Any, int]], most: int) -> list[tuple[Any, int]]:
 
 
 def _wait(pool: WorkerPool, task: str) -> Sequence[Any]:
-    """Finished calls; a line now and then while the cluster gives no worker."""
-    done = pool.wait(WAIT_SECONDS)
+    """Finished calls; a line now and then while the cluster gives no worker.
+
+    Raises:
+        ExecutionError: when workers die at their start, one after the other.
+    """
+    try:
+        done = pool.wait(WAIT_SECONDS)
+    except WorkersNeverStartError as error:
+        raise ExecutionError(
+            f"{task}: {error}. Look at the logs of Ray's workers, and at samreg doctor there"
+        ) from None
     if not done and not pool.started:
         wanted, there = ({k: v for k, v in each.items() if v} for each in (pool.demand, cluster_resources()))
         there = {name: there.get(name, 0.0) for name in wanted}

@@ -99,6 +99,15 @@ def test_a_subject_that_kills_its_worker_is_blamed_alone(
     assert phantoms.study_tables(out) == undisturbed
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_workers_that_die_at_their_start_end_the_run(cohort: Path, tmp_path: Path) -> None:
+    done = _run(sabotaged(tmp_path / "faults", [(r"/actors/(__pycache__/)?pool\.", 99)]), cohort, tmp_path / "study")
+    assert done.returncode == 2, done.stderr
+    assert "encode: no worker stays alive" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Path]:
     """A file system that nobody can write to."""
