@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from rich.console import Console
@@ -85,25 +87,45 @@ def _state(failed: int, running: int) -> str:
     return "".join(f", {count} {name}" for name, count in counts.items() if count).removeprefix(", ")
 
 
+@dataclass
+class _LogLines:
+    """Lines about one stage: how many units are done, now and then until it ends, whether one has ended or not."""
+
+    name: str
+    total: int
+    noun: str
+    done: int = 0
+    failed: int = 0
+    running: int = 0
+    start: float = field(default_factory=time.monotonic)
+
+    def advance(self, count: int, failed: int = 0, running: int = 0) -> None:
+        self.done, self.failed, self.running = self.done + count, failed, running
+
+    def line(self) -> str:
+        rate = self.done / (time.monotonic() - self.start)
+        state = _state(self.failed, self.running)
+        shown = f" ({state})" if state else ""
+        pace = f"{rate:.2g}/s, {(self.total - self.done) / rate:.0f} s left" if rate else "no rate yet"
+        return f"{self.name}: {self.done} of {self.total} {self.noun}{shown}, {pace}"
+
+    def write(self, stop: threading.Event) -> None:
+        while not stop.wait(LOG_EVERY_SECONDS):
+            LOG.info("%s", self.line())
+
+
 def _log_stage(name: str, total: int, noun: str) -> Iterator[Advance]:
-    start = last = time.monotonic()
-    done = failures = 0
-
-    def advance(count: int, failed: int = 0, running: int = 0) -> None:
-        nonlocal done, failures, last
-        done, failures = done + count, failed
-        now = time.monotonic()
-        if now - last >= LOG_EVERY_SECONDS:
-            last = now
-            rate, state = done / (now - start), _state(failed, running)
-            shown = f" ({state})" if state else ""
-            left = (total - done) / rate
-            LOG.info("%s: %d of %d %s%s, %.2g/s, %.0f s left", name, done, total, noun, shown, rate, left)
-
     LOG.info("%s: %d %s to do", name, total, noun)
-    yield advance
-    failed = f", {failures} failed" if failures else ""
-    LOG.info("%s: %d of %d %s%s in %.1f s", name, done, total, noun, failed, time.monotonic() - start)
+    lines, stop = _LogLines(name, total, noun), threading.Event()
+    writer = threading.Thread(target=lines.write, args=(stop,), name="samreg-progress", daemon=True)
+    writer.start()
+    try:
+        yield lines.advance
+    finally:
+        stop.set()
+        writer.join()
+    failed = f", {lines.failed} failed" if lines.failed else ""
+    LOG.info("%s: %d of %d %s%s in %.1f s", name, lines.done, total, noun, failed, time.monotonic() - lines.start)
 
 
 class SilentReporter(Reporter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,14 @@ def phantoms_config() -> Any:
 def test_progress_in_the_log_says_what_failed_and_runs(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "LOG_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LOG_EVERY_SECONDS", 0.05)
     caplog.set_level(logging.INFO, "samreg")
     with Reporter().stage("fit", 4, "pairs") as advance:
-        advance(1, 0, 2)
-        advance(2, 1, 1)
-        advance(1, 1, 0)
+        for done, failed, running in ((0, 0, 2), (3, 1, 1), (1, 1, 0)):
+            advance(done, failed, running)
+            time.sleep(0.2)
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0] == "fit: 4 pairs to do"
-    assert lines[1].startswith("fit: 1 of 4 pairs (2 running), ")
-    assert lines[2].startswith("fit: 3 of 4 pairs (1 failed, 1 running), ")
+    assert "fit: 0 of 4 pairs (2 running), no rate yet" in lines
+    assert [line for line in lines if line.startswith("fit: 3 of 4 pairs (1 failed, 1 running), ") and "/s, " in line]
     assert lines[-1].startswith("fit: 4 of 4 pairs, 1 failed in ")
