@@ -102,7 +102,7 @@ def run_study(cohort: str | Path, out: str | Path, config: Any = None, pairs: st
 
 
 def read_table(study: str | Path, name: str) -> pd.DataFrame:
-    """A result table: rois, correspondences, metrics, failures or runs."""
+    """A result table: rois, correspondences, metrics, failures, runs or units."""
     from storage import tables
 
     return tables.read_table(study, name).to_pandas()

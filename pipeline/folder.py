@@ -2,7 +2,7 @@
 
 study/
   embeddings.zarr       features, ROI masks and prototypes of each subject
-  rois/ correspondences/ unmatched/ metrics/ failures/ runs/    Parquet; cohort_rois/ after `samreg cohort rois`
+  rois/ correspondences/ unmatched/ metrics/ failures/ runs/ units/    Parquet; cohort_rois/ after `samreg cohort rois`
   transforms/           one ITK transform per pair; inverses/ and jacobians/ when asked for
   sweeps/               one folder per `samreg sweep`
   run.yaml              resolved configuration, versions, digests
