@@ -117,7 +117,7 @@ def open_study(study: str | Path) -> OpenStudy:
 
 
 def read_table(study: str | Path, name: str) -> pd.DataFrame:
-    """A result table: rois, correspondences, metrics, failures or runs."""
+    """A result table: rois, correspondences, metrics, failures, runs or units."""
     from storage import tables
 
     return tables.read_table(study, name).to_pandas()

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -36,7 +36,7 @@ def connect(cpus: int) -> bool:
             ray.init(**quiet)
         else:
             with _without_note_on_tokens():
-                ray.init(num_cpus=cpus, include_dashboard=False, **quiet)
+                ray.init("local", num_cpus=cpus, include_dashboard=False, **quiet)
     return True
 
 
@@ -96,16 +96,39 @@ class UnitProcess:
         return function(*args)
 
 
-class WorkerPool:
-    """A fixed number of actors, each running at most one unit."""
+class WorkersNeverStartError(RuntimeError):
+    """Worker processes die before they run anything; the message is that of the last one."""
 
-    def __init__(self, count: int, num_gpus: float = 0.0) -> None:
+
+class WorkerPool:
+    """Actors, each running at most one call; only those that have started are given any.
+
+    On a cluster that has lost a node, or has yet to start one, some never do: the others go on without them.
+
+    Args:
+        count: how many to ask for.
+        num_gpus: of each.
+        memory_bytes: of each; 0 reserves none.
+    """
+
+    def __init__(self, count: int, num_gpus: float = 0.0, memory_bytes: int = 0) -> None:
         self.count = count
         self.num_gpus = num_gpus
+        self.demand = {"CPU": 1.0, "GPU": num_gpus, "memory": float(memory_bytes)}
         options: dict[str, Any] = {"num_cpus": 1, "num_gpus": num_gpus, "max_restarts": 0, "max_task_retries": 0}
+        if memory_bytes:
+            options["memory"] = memory_bytes
         self._actor: Any = ray.remote(**options)(UnitProcess)
-        self._idle = [self._actor.remote() for _ in range(count)]
+        self._idle: list[Any] = []
         self._busy: dict[ray.ObjectRef[Any], Any] = {}
+        self._starting: dict[ray.ObjectRef[Any], Any] = {}
+        self._stillborn = 0
+        for _ in range(count):
+            self._start()
+
+    def _start(self) -> None:
+        actor = self._actor.remote()
+        self._starting[actor.pid.remote()] = actor
 
     @property
     def has_idle(self) -> bool:
@@ -113,9 +136,14 @@ class WorkerPool:
         return bool(self._idle)
 
     @property
-    def running(self) -> list[ray.ObjectRef[Any]]:
-        """References of the calls in flight, oldest first."""
-        return list(self._busy)
+    def started(self) -> int:
+        """Workers that have started and live."""
+        return len(self._idle) + len(self._busy)
+
+    @property
+    def busy(self) -> int:
+        """Calls in flight."""
+        return len(self._busy)
 
     def submit(self, function: Callable[..., Any], *args: Any) -> ray.ObjectRef[Any]:
         """Start a call on the free worker that was used last."""
@@ -124,37 +152,51 @@ class WorkerPool:
         self._busy[ref] = actor
         return ref
 
+    def wait(self, seconds: float) -> list[ray.ObjectRef[Any]]:
+        """Wait until a call has finished or a worker has started; the finished calls, which may be none.
+
+        Raises:
+            WorkersNeverStartError: when one worker after the other dies at its start.
+        """
+        done, _ = ray.wait([*self._busy, *self._starting], num_returns=1, timeout=seconds)
+        for ref in done:
+            if ref in self._starting:
+                self._settle(ref, self._starting.pop(ref))
+        return [ref for ref in done if ref in self._busy]
+
+    def _settle(self, ref: ray.ObjectRef[Any], actor: Any) -> None:
+        try:
+            ray.get(ref)
+        except LOST as error:
+            self._stillborn += 1
+            if self._stillborn > 2 * self.count + 2:
+                raise WorkersNeverStartError(f"no worker stays alive: {_first_line(error)}") from error
+            self._start()
+        else:
+            self._stillborn = 0
+            self._idle.insert(0, actor)
+
     def collect(self, ref: ray.ObjectRef[Any]) -> Any:
         """The result of a finished call; its worker becomes free again.
 
         Raises:
-            WorkerLostError: the worker died; a new one has taken its place.
+            WorkerLostError: the worker died; a new one is to take its place.
         """
         actor = self._busy.pop(ref)
         try:
             result = ray.get(ref)
         except LOST as error:
             ray.kill(actor)
-            self._idle.insert(0, self._actor.remote())
+            self._start()
             raise WorkerLostError(f"{type(error).__name__}: {_first_line(error)}") from error
         self._idle.append(actor)
         return result
 
-    def ask(self, function: Callable[[], Any]) -> list[Any]:
-        """Call `function` on every free worker; one that does not answer is left out."""
-        refs = [actor.call.remote(function) for actor in self._idle]
-        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=5.0) if refs else ([], [])
-        answers = []
-        for ref in ready:
-            with suppress(*LOST):
-                answers.append(ray.get(ref))
-        return answers
-
     def close(self) -> None:
         """End every worker."""
-        for actor in [*self._idle, *self._busy.values()]:
+        for actor in [*self._idle, *self._busy.values(), *self._starting.values()]:
             ray.kill(actor)
-        self._idle, self._busy = [], {}
+        self._idle, self._busy, self._starting = [], {}, {}
 
 
 def _first_line(error: Exception) -> str:

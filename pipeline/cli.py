@@ -1,6 +1,7 @@
 """The `samreg` command.
 
-Exit codes: 0 all done, 1 something failed or is missing, 2 wrong usage, 130 interrupted, 143 ended by SIGTERM.
+Exit codes: 0 all done, 1 something failed or is missing, 2 wrong usage, 130 interrupted, 143 ended by SIGTERM;
+of `submit` also 3: the job was stopped, killed or lost.
 """
 
 from __future__ import annotations
@@ -19,7 +20,18 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from pipeline import cli_cohort, cli_demo, cli_export, cli_query, cli_report, cli_sweep, cli_weights
+from pipeline import (
+    cli_cohort,
+    cli_demo,
+    cli_doctor,
+    cli_export,
+    cli_query,
+    cli_report,
+    cli_submit,
+    cli_sweep,
+    cli_weights,
+)
+from storage.redaction import RedactingFormatter, redact
 
 if TYPE_CHECKING:
     from pipeline.config import StudyConfig
@@ -107,14 +119,17 @@ def plan(
     executor: ExecutorOption = None,
     workers: WorkersOption = None,
     device: DeviceOption = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Run a few subjects in a temporary folder first, and scale that.")
+    ] = False,
 ) -> None:
-    """Say what `run` would do: subjects, slices, pairs, store size and time, without doing it."""
+    """Say what `run` would do: subjects, slices, pairs, store size, memory and time, without doing it."""
     with _errors_as_exit_codes(out):
         from pipeline.plan import describe_plan, make_plan
         from pipeline.request import read_request
 
         request = read_request(config, cohort, pairs, _with_flags(overrides, executor, workers, device))
-        typer.echo(describe_plan(make_plan(request, out)))
+        typer.echo(describe_plan(make_plan(request, out, probe)))
 
 
 @app.command()
@@ -210,7 +225,12 @@ def _errors_as_exit_codes(out: Path | None) -> Iterator[None]:
         _stop(str(error), USAGE)
 
 
-def _mount(command: Callable[..., None], to: typer.Typer = app, name: str | None = None) -> None:
+def _mount(
+    command: Callable[..., None],
+    to: typer.Typer = app,
+    name: str | None = None,
+    settings: dict[str, Any] | None = None,
+) -> None:
     """Add a command whose function lies in another module, with the same treatment of errors."""
 
     @functools.wraps(command)
@@ -218,11 +238,11 @@ def _mount(command: Callable[..., None], to: typer.Typer = app, name: str | None
         with _errors_as_exit_codes(options.get("out") or options.get("study")):
             command(*arguments, **options)
 
-    to.command(name)(guarded)
+    to.command(name, context_settings=settings)(guarded)
 
 
 def _stop(message: str, code: int) -> NoReturn:
-    typer.echo(f"samreg: {message}", err=True)
+    typer.echo(f"samreg: {redact(message)}", err=True)
     raise typer.Exit(code)
 
 
@@ -235,11 +255,13 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 
 _mount(cli_report.report)
+_mount(cli_submit.submit, settings=cli_submit.PASS_ON)
 _mount(cli_sweep.sweep)
 _mount(cli_export.export)
 _mount(cli_export.apply)
 _mount(cli_query.query)
 _mount(cli_demo.demo)
+_mount(cli_doctor.doctor)
 _mount(cli_cohort.rois, cohort_app)
 _mount(cli_cohort.from_layout, cohort_app, "from")
 _mount(cli_weights.list_weights, weights_app, "list")
@@ -251,7 +273,9 @@ def main() -> None:
     """Entry point of the command."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("samreg").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _terminate)
     app(prog_name="samreg")

@@ -18,6 +18,7 @@ _MEANING = {
     "queries": "after `samreg query`, one row per ROI found, the surest subject first",
     "failures": "one row per unit of work that failed in the latest run",
     "runs": "one row per run and stage",
+    "units": "one row per unit of work of every run, as it came to its end",
 }
 
 

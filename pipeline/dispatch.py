@@ -1,12 +1,12 @@
-"""Run units on Ray or in this process: the only `ray.wait` loop and the only broad `except` of the project.
+"""Run units on Ray or in this process: the only broad `except` of the project.
 
 A unit is a small picklable object with a `unit` name. A `Task` builds the function that runs units, once per
 process, so a model is loaded once per worker. Both executors call the same function with the same number of
 threads, so their results are the same to the bit.
 
-An exception that the function raises is the unit's own failure and is not retried. A worker that dies (kill,
-out of memory, node lost) makes its unit a suspect, run again alone once everything else is done; only a unit
-that loses its worker `attempts` times is blamed.
+An exception that the function raises is the unit's own failure and is not retried. A unit whose worker dies (kill,
+out of memory, node lost) is run again after the others, the last time alone, when nothing else takes memory; only
+one that loses its worker `attempts` times is blamed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pipeline.errors import UsageError
 from pipeline.execution import ExecutionConfig
-from pipeline.process import limit_threads, own_cores, own_peak_memory
+from pipeline.process import limit_threads, own_cores
+from pipeline.usage import Usage, measured
+from storage.redaction import redact
 
 if TYPE_CHECKING:
     from actors.pool import WorkerPool
@@ -86,6 +88,9 @@ class Failure:
 class Executor(AbstractContextManager["Executor"], Protocol):
     """Maps a task over units, yielding each with its result or its Failure, in order of completion."""
 
+    ledger: list[Usage]
+    """What every unit so far took; whoever reads it may empty it."""
+
     def map_units(self, task: Task, units: Sequence[Any]) -> Iterator[tuple[Any, Any | Failure]]: ...
 
 
@@ -94,9 +99,9 @@ def attempt(function: Callable[[Any], T], unit: Any, number: int = 1) -> T | Fai
     try:
         return function(unit)
     except Exception as error:
-        text = "".join(traceback.format_exception(error))
+        text = redact("".join(traceback.format_exception(error)))
         code = error.errno if isinstance(error, OSError) else None
-        return Failure(unit.unit, type(error).__name__, str(error), text, number, code)
+        return Failure(unit.unit, type(error).__name__, redact(str(error)), text, number, code)
 
 
 _built: dict[str, Callable[[Any], Any]] = {}
@@ -117,23 +122,47 @@ def run_in_worker(task: Task, token: str, device: str, threads: int, unit: Any, 
     return attempt(build_and_run, unit, number)
 
 
-class SerialExecutor(AbstractContextManager["SerialExecutor"]):
-    """Runs every unit in this process, one after the other."""
+def run_all_in_worker(
+    task: Task, token: str, device: str, gpu_share: float, threads: int, units: Sequence[tuple[Any, int]]
+) -> list[tuple[Any | Failure, Usage]]:
+    """Run (unit, number of the attempt) one after the other; the outcome of each and what it took."""
+    outcomes: list[Any | Failure] = []
 
-    def __init__(self, config: ExecutionConfig) -> None:
+    def run(unit: tuple[Any, int]) -> None:
+        outcomes.append(run_in_worker(task, token, device, threads, *unit))
+
+    used = measured(run, [(unit.unit, (unit, number)) for unit, number in units], gpu_share)
+    return [
+        (outcome, replace(usage, failed=isinstance(outcome, Failure)))
+        for outcome, usage in zip(outcomes, used, strict=True)
+    ]
+
+
+def _unguarded() -> None:
+    """The check of work that nobody can take away."""
+
+
+class SerialExecutor(AbstractContextManager["SerialExecutor"]):
+    """Runs every unit in this process, one after the other; `check` is called between them and raises to stop."""
+
+    def __init__(self, config: ExecutionConfig, check: Callable[[], None] = _unguarded) -> None:
         self.config = config
+        self.check = check
         self.workers = self.active_workers = 1
+        self.running = 0
+        self.ledger: list[Usage] = []
 
     def map_units(self, task: Task, units: Iterable[Any]) -> Iterator[tuple[Any, Any | Failure]]:
         """Run `units` in order."""
         token = f"{task.name}-{id(task)}"
+        device = self._device(task)
         for unit in units:
-            yield unit, run_in_worker(task, token, self._device(task), self.config.threads, unit, 1)
+            self.check()
+            share = float(device == "cuda")
+            ((outcome, usage),) = run_all_in_worker(task, token, device, share, self.config.threads, [(unit, 1)])
+            self.ledger.append(usage)
+            yield unit, outcome
         _built.pop(token, None)
-
-    def peak_memory_bytes(self) -> int | None:
-        """Largest resident memory of a worker so far."""
-        return own_peak_memory()
 
     def _device(self, task: Task) -> str:
         if not task.uses_gpu or self.config.device == "cpu":
@@ -158,14 +187,17 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
 
     Args:
         config: where and how wide.
+        check: called between units; raises to stop.
         rounds: how often such work as the present task's is to come, which counts when Ray's start is weighed.
     """
 
-    def __init__(self, config: ExecutionConfig, rounds: int = 1) -> None:
+    def __init__(self, config: ExecutionConfig, check: Callable[[], None] = _unguarded, rounds: int = 1) -> None:
         self.config = config
+        self.check = check
         self.rounds = rounds
         self.workers = config.workers or own_cores()
-        self._serial = SerialExecutor(config)
+        self._serial = SerialExecutor(config, check)
+        self.ledger = self._serial.ledger
         self._started = False
         self._owns_ray = False
         self._pool: WorkerPool | None = None
@@ -197,26 +229,32 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         return self.workers if self._started else 1
 
     def _map_on_ray(self, task: Task, units: Collection[Any]) -> Iterator[tuple[Any, Any | Failure]]:
+        from pipeline.window import run_bounded
+
         self._start_ray()
         self._task_number += 1
         device, count = self._place(task)
-        pool = self._pool_for(min(count, len(units)), self.config.gpu_fraction if device == "cuda" else 0.0)
-        arguments = (task, f"{os.getpid()}-{self._task_number}", device, self.config.threads)
-        yield from _run_bounded(pool, arguments, self.config.attempts, units)
+        share = self.config.gpu_fraction if device == "cuda" else 0.0
+        pool = self._pool_for(min(count, len(units)), share)
+        arguments = (task, f"{os.getpid()}-{self._task_number}", device, share, self.config.threads)
+        for unit, outcome, usage in run_bounded(pool, arguments, self.config.attempts, units):
+            self.check()
+            if usage is not None:
+                self.ledger.append(usage)
+            yield unit, outcome
 
-    def peak_memory_bytes(self) -> int | None:
-        """Largest resident memory of a living worker so far; None before Ray has started."""
-        return max(self._pool.ask(own_peak_memory), default=None) if self._pool is not None else None
+    @property
+    def running(self) -> int:
+        """Calls in flight."""
+        return self._pool.busy if self._pool is not None else 0
 
     def _start_ray(self) -> None:
-        from actors.pool import cluster_resources, connect
+        from actors.pool import connect
 
         if self._started:
             return
         limit_threads(self.config.threads)
         self._owns_ray = connect(self.workers)
-        if self.config.workers is None:
-            self.workers = max(1, int(cluster_resources().get("CPU", 1)))
         self._started = True
 
     def _place(self, task: Task) -> tuple[str, int]:
@@ -227,7 +265,10 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         """
         from actors.pool import cluster_resources
 
-        gpus = float(cluster_resources().get("GPU", 0.0))
+        resources = cluster_resources()
+        gpus = float(resources.get("GPU", 0.0))
+        if self.config.workers is None:
+            self.workers = max(1, int(resources.get("CPU", 1)))  # now: a cluster grows and shrinks
         if self.config.device == "cuda" and not gpus and task.uses_gpu and "RAY_ADDRESS" not in os.environ:
             raise ExecutionError(NO_GPU)
         if task.uses_gpu and (self.config.device == "cuda" or (self.config.device == "auto" and gpus)):
@@ -244,7 +285,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
             return pool
         if pool is not None:
             pool.close()
-        self._pool = WorkerPool(count, num_gpus)
+        self._pool = WorkerPool(count, num_gpus, int((self.config.worker_gib or 0) * 2**30))
         return self._pool
 
     def __exit__(self, *error: object) -> None:
@@ -256,36 +297,8 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         disconnect(self._pool, stop=self._owns_ray)
 
 
-def _run_bounded(
-    pool: WorkerPool, arguments: tuple[Any, ...], attempts: int, units: Iterable[Any]
-) -> Iterator[tuple[Any, Any | Failure]]:
-    """The one bounded loop: a unit per free worker, then the suspects one at a time."""
-    import ray
-
-    from actors.pool import WorkerLostError
-
-    queue = deque((unit, 1) for unit in units)
-    suspects: deque[tuple[Any, int]] = deque()
-    flying: dict[Any, tuple[Any, int]] = {}
-    while queue or suspects or flying:
-        while pool.has_idle and (queue or (suspects and not flying)):
-            unit, number = (queue or suspects).popleft()
-            flying[pool.submit(run_in_worker, *arguments, unit, number)] = (unit, number)
-        done, _ = ray.wait(pool.running, num_returns=1)
-        for ref in done:
-            unit, number = flying.pop(ref)
-            try:
-                outcome = pool.collect(ref)
-            except WorkerLostError as error:
-                LOG.warning("%s: lost the worker of %s: %s", arguments[0].name, unit.unit, error)
-                if number < attempts:
-                    suspects.append((unit, number + 1))
-                    continue
-                message = f"its worker died {number} times, the last time alone: {error}"
-                outcome = Failure(unit.unit, "WorkerLost", message, "", number)
-            yield unit, outcome
-
-
-def open_executor(config: ExecutionConfig, rounds: int = 1) -> RayExecutor | SerialExecutor:
+def open_executor(
+    config: ExecutionConfig, check: Callable[[], None] = _unguarded, rounds: int = 1
+) -> RayExecutor | SerialExecutor:
     """The executor that the configuration names, for work that comes in so many rounds."""
-    return SerialExecutor(config) if config.executor == "serial" else RayExecutor(config, rounds)
+    return SerialExecutor(config, check) if config.executor == "serial" else RayExecutor(config, check, rounds)

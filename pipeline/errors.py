@@ -9,3 +9,7 @@ class UsageError(ValueError):
 
 class StudyError(RuntimeError):
     """A run had to stop; nothing finished is lost. Exit code 1."""
+
+
+class FolderError(UsageError):
+    """The output folder cannot be used for this study; the message says what to do."""

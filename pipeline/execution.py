@@ -17,7 +17,10 @@ class ExecutionConfig:
         workers: worker processes; None takes every core this process (or the cluster) has.
         device: `cuda`, `cpu`, or `auto`: a GPU if there is one and the backend uses it.
         gpu_fraction: share of a GPU that one encoding worker takes (0.25: four workers on a GPU).
-        encode_workers: encoding workers; None takes one per GPU share, or `workers` without a GPU.
+        encode_workers: encoding workers; None takes one per GPU share, or `workers` without a GPU. On a cluster that
+            starts its GPU nodes on demand, say how many (and device: cuda).
+        worker_gib: memory that Ray reserves for each worker, GiB; None reserves none, so that only the cores limit how
+            many there are. `samreg plan` says what the largest subject takes.
         threads: numerical threads per worker.
         tile: subjects along each side of a tile of pairs, the unit of matching.
         keep: `features` keeps feature maps for later re-pooling; `prototypes` drops them once pooled.
@@ -29,6 +32,7 @@ class ExecutionConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gpu_fraction: float = 1.0
     encode_workers: int | None = None
+    worker_gib: float | None = None
     threads: int = 1
     tile: int = 16
     keep: Literal["features", "prototypes"] = "features"
@@ -39,5 +43,7 @@ class ExecutionConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"execution.{name} is {value}; it must be 1 or more")
+        if self.worker_gib is not None and not self.worker_gib > 0:
+            raise ValueError(f"execution.worker_gib is {self.worker_gib}; it must be above 0")
         if not 0 < self.gpu_fraction <= 1:
             raise ValueError(f"execution.gpu_fraction is {self.gpu_fraction}; it must be in (0, 1]")

@@ -2,7 +2,7 @@
 
 study/
   embeddings.zarr       features, ROI masks and prototypes of each subject
-  rois/ correspondences/ unmatched/ metrics/ failures/ runs/    Parquet; cohort_rois/ after `samreg cohort rois`
+  rois/ correspondences/ unmatched/ metrics/ failures/ runs/ units/    Parquet; cohort_rois/ after `samreg cohort rois`
   transforms/           one ITK transform per pair; inverses/ and jacobians/ when asked for
   sweeps/               one folder per `samreg sweep`
   run.yaml              resolved configuration, versions, digests
@@ -12,19 +12,17 @@ study/
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pipeline.errors import UsageError
+from pipeline.errors import FolderError
+from pipeline.lock import StudyLock, hold
 from storage import tables
 from storage.atomic import clear_abandoned, replace_file
 from storage.cohort import subject_key
@@ -32,10 +30,6 @@ from storage.embeddings import EmbeddingStore
 
 OUTPUTS = {"transforms": ".h5", "inverses": ".h5", "jacobians": ".nii.gz"}  # files of each pair, by folder
 STAGES = ("encode", "prototypes", "match", "fit")
-
-
-class FolderError(UsageError):
-    """The output folder cannot be used for this study; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -121,31 +115,6 @@ class StudyFolder:
         with replace_file(self.root / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the folder for one driver.
-
-        The lock is the kernel's, so it goes with a process that dies; the file's text names the holder.
-
-        Raises:
-            FolderError: naming host and process of another driver that holds it.
-        """
-        self.root.mkdir(parents=True, exist_ok=True)
-        path = self.root / ".lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise FolderError(f"{self.root} is being written by {holder or 'another process'}") from None
-            if holder and not holder.endswith(f"on {socket.gethostname()}"):
-                raise FolderError(
-                    f"{self.root} was being written by {holder}; if that is no longer running, delete {path}"
-                )
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-            yield
-            os.ftruncate(descriptor, 0)
-        finally:
-            os.close(descriptor)
+    def lock(self) -> AbstractContextManager[StudyLock]:
+        """Hold the folder for one driver; see `pipeline.lock.hold`."""
+        return hold(self.root)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 from actors.sam_variants import VARIANTS
-from pipeline.algorithms.fit_config import FitConfig
+from pipeline.config import StudyConfig
 from pipeline.dispatch import RAY_START_SECONDS
 from pipeline.folder import StudyFolder
 from pipeline.pairs import count_pairs
+from pipeline.probe import Rule, Shape, probed
 from pipeline.process import own_cores
 from pipeline.request import Request
 from storage import tables
@@ -20,17 +19,8 @@ from storage.cohort import Subject
 from storage.images import ImageError, read_image
 
 SAMPLE = 24  # images read to learn how many slices a subject has
-Shape: TypeAlias = tuple[int, int, int]
 PAPER_WINDOW = 11  # slices to either side, section 4.2
-
-# Rules of thumb, before anything has been measured: one CPU core, data sets of 35 x 50 to 216 x 256 pixels a slice.
-SLICE_SECONDS, PIXEL_SECONDS = 0.03, 4.2e-6  # component_tree, encoding and pooling
-SAM_SLICE_SECONDS = 20.0
-PAIR_SECONDS, PAIR_SLICE_SECONDS, PAIR_VOXEL_SECONDS = 0.1, 0.035, 2.5e-6
 START_SECONDS = 2.0
-CELL_BYTES, CELLS = 140, 64  # component_tree: bytes per feature cell with the masks; cells along the longer side
-SAM_SLICE_BYTES = 2_200_000
-TRANSFORM_BYTES = 5  # per node of a lattice, compressed; its step is mostly that of the plane alone
 
 
 @dataclass(frozen=True)
@@ -45,7 +35,8 @@ class Plan:
         store_bytes: of the embedding store.
         transform_bytes: of the displacement fields.
         seconds: on `workers` workers, for all of it.
-        measured: whether the time comes from earlier runs in this folder, not from rules of thumb.
+        worker_bytes: most memory of a worker, which the largest of the sampled subjects decides.
+        source: what the figures come from.
         problems: images of the sample that cannot be read.
         unknown_pairs: pairs that name a subject outside the cohort.
     """
@@ -59,26 +50,34 @@ class Plan:
     transform_bytes: int
     seconds: float
     workers: int
-    measured: bool
+    worker_bytes: int
+    source: str
     problems: tuple[str, ...]
     unknown_pairs: int
 
 
-def make_plan(request: Request, out: Path) -> Plan:
-    """Estimate a study from its manifest, a sample of its images and, if there is one, its folder."""
-    subjects, execution = request.cohort.subjects, request.config.execution
-    shapes, problems = _sample_shapes(request, subjects)
-    depth = _mean([shape[0] for shape in shapes])
-    n_pairs = _count_pairs(request)
-    workers = 1 if execution.executor == "serial" else execution.workers or own_cores()
-    measured = _measured_rates(out)
-    weight_free = request.config.segmenter.name not in VARIANTS
+def make_plan(request: Request, out: Path, probe: bool = False) -> Plan:
+    """Estimate a study from its manifest, a sample of its images and, if there is one, its folder.
+
+    Args:
+        probe: run the stages on a few subjects first, in a temporary folder, and scale what that took.
+
+    Raises:
+        UsageError: when the probe fails.
+    """
+    subjects, config = request.cohort.subjects, request.config
+    sample, problems = _sample_shapes(request, subjects)
+    shapes = list(sample.values())
+    depth, n_pairs = _mean([shape[0] for shape in shapes]), _count_pairs(request)
+    workers = 1 if config.execution.executor == "serial" else config.execution.workers or own_cores()
+    measured = None if probe else _measured_rates(out)
+    rule, source = _rule(config), "rule of thumb"
+    if probe:
+        rule, source = probed(config, request.cohort, sample, rule), "from a probe"
     per_subject, per_pair = measured or (
-        _mean([_subject_seconds(shape, weight_free) for shape in shapes]),
-        _mean([_pair_seconds(shape) for shape in shapes]),
+        _mean([rule.subject_seconds(shape) for shape in shapes]),
+        _mean([rule.pair_seconds(shape) for shape in shapes]),
     )
-    if not measured:
-        per_pair *= 1 + request.config.evaluate.pseudo_folds
     work = [(len(subjects) * per_subject, len(subjects)), (n_pairs * per_pair, n_pairs)]
     return Plan(
         subjects=len(subjects),
@@ -86,11 +85,12 @@ def make_plan(request: Request, out: Path) -> Plan:
         sampled=len(shapes) + len(problems),
         pairs=n_pairs,
         literal_encodes=round(n_pairs * _literal_encodes(round(depth))),
-        store_bytes=round(len(subjects) * _mean([_subject_bytes(shape, weight_free) for shape in shapes])),
-        transform_bytes=round(n_pairs * _transform_bytes(request.config.fit, shapes)),
-        seconds=START_SECONDS + _wall_seconds(work, workers, execution.executor),
+        store_bytes=round(len(subjects) * _mean([rule.subject_bytes(shape) for shape in shapes])),
+        transform_bytes=round(n_pairs * _mean([rule.pair_bytes(shape) for shape in shapes])),
+        seconds=START_SECONDS + _wall_seconds(work, workers, config.execution.executor),
         workers=workers,
-        measured=measured is not None,
+        worker_bytes=round(max((rule.worker_bytes(shape) for shape in shapes), default=0)),
+        source="from earlier runs in this folder" if measured else source,
         problems=tuple(problems),
         unknown_pairs=len(request.unknown),
     )
@@ -103,51 +103,39 @@ def _wall_seconds(work: Sequence[tuple[float, int]], workers: int, executor: str
     return {"serial": serial, "ray": ray}.get(executor, min(serial, ray))
 
 
-def _subject_seconds(shape: Shape, weight_free: bool) -> float:
-    depth, height, width = shape
-    return depth * (SLICE_SECONDS + height * width * PIXEL_SECONDS if weight_free else SAM_SLICE_SECONDS)
-
-
-def _pair_seconds(shape: Shape) -> float:
-    return PAIR_SECONDS + shape[0] * PAIR_SLICE_SECONDS + math.prod(shape) * PAIR_VOXEL_SECONDS
-
-
-def _transform_bytes(fit: FitConfig, shapes: Sequence[Shape]) -> float:
-    stride = fit.levels[-1].stride if fit.levels and fit.refine.method == "none" else 1
-    return TRANSFORM_BYTES / stride**2 * _mean([math.prod(shape) for shape in shapes])
-
-
-def _subject_bytes(shape: Shape, weight_free: bool) -> float:
-    depth, height, width = shape
-    shrink = min(1.0, CELLS / max(height, width))
-    return depth * (height * width * shrink**2 * CELL_BYTES if weight_free else SAM_SLICE_BYTES)
-
-
 def describe_plan(plan: Plan) -> str:
     """The plan as a few lines."""
     saved = plan.literal_encodes / plan.slices if plan.slices else 0.0
-    source = "from earlier runs in this folder" if plan.measured else "rule of thumb"
+    sizes = "from a probe" if plan.source == "from a probe" else "rule of thumb"
     lines = [
         f"subjects  {plan.subjects}",
         f"slices    {plan.slices} (from {plan.sampled} images)",
         f"pairs     {plan.pairs}",
         f"encodes   {plan.slices}, where encoding anew for every pair takes {plan.literal_encodes} ({saved:.0f}x)",
-        f"store     {_size(plan.store_bytes)}, transforms {_size(plan.transform_bytes)} (rule of thumb)",
-        f"time      {_duration(plan.seconds)} on {plan.workers} workers ({source})",
+        f"store     {_size(plan.store_bytes)}, transforms {_size(plan.transform_bytes)} ({sizes})",
+        f"memory    {_size(plan.worker_bytes)} a worker, for the largest of the subjects looked at ({sizes})",
+        f"time      {_duration(plan.seconds)} on {plan.workers} workers ({plan.source})",
     ]
     if plan.unknown_pairs:
         lines.append(f"problem   {plan.unknown_pairs} pairs name a subject that is not in the cohort")
     return "\n".join([*lines, *(f"problem   {problem}" for problem in plan.problems)])
 
 
-def _sample_shapes(request: Request, subjects: Sequence[Subject]) -> tuple[list[Shape], list[str]]:
+def _rule(config: StudyConfig) -> Rule:
+    """The rule of thumb of this configuration."""
+    weight_free = config.segmenter.name not in VARIANTS
+    stride = config.fit.levels[-1].stride if config.fit.levels and config.fit.refine.method == "none" else 1
+    return Rule(weight_free, stride, pair_factor=1.0 + config.evaluate.pseudo_folds)
+
+
+def _sample_shapes(request: Request, subjects: Sequence[Subject]) -> tuple[dict[str, Shape], list[str]]:
     """(slices, rows, columns) of evenly spaced subjects, and what is wrong with those that cannot be read."""
     step = max(1, len(subjects) // SAMPLE)
-    shapes: list[Shape] = []
+    shapes: dict[str, Shape] = {}
     problems: list[str] = []
     for subject in subjects[::step]:
         try:
-            shapes.append(read_image(subject.image, request.config.input.slice_axis).geometry.shape)
+            shapes[subject.subject] = read_image(subject.image, request.config.input.slice_axis).geometry.shape
         except ImageError as error:
             problems.append(f"{subject.subject}: {error}")
     return shapes, problems

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -23,7 +26,11 @@ from rich.text import Text
 LOG = logging.getLogger("samreg")
 LOG_EVERY_SECONDS = 30.0
 
-Advance = Callable[[int], None]
+
+class Advance(Protocol):
+    """Called with the number of units just finished, those of the stage that failed so far, and those running."""
+
+    def __call__(self, count: int, failed: int = 0, running: int = 0) -> None: ...
 
 
 class RateColumn(ProgressColumn):
@@ -45,11 +52,15 @@ class Reporter:
     def stage(self, name: str, total: int, noun: str) -> Iterator[Advance]:
         """Show one stage of `total` units; call the yielded function with the number just finished."""
         if total == 0:
-            yield lambda count: None
+            yield _ignore
         elif self.console.is_terminal:
             with self._bars() as bars:
-                bar = bars.add_task(name, total=total, noun=noun)
-                yield lambda count: bars.advance(bar, count)
+                bar = bars.add_task(name, total=total, noun=noun, state="")
+
+                def advance(count: int, failed: int = 0, running: int = 0) -> None:
+                    bars.update(bar, advance=count, state=_state(failed, running))
+
+                yield advance
         else:
             yield from _log_stage(name, total, noun)
 
@@ -58,6 +69,7 @@ class Reporter:
             TextColumn("{task.description:<11}"),
             BarColumn(),
             MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
             RateColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
@@ -65,21 +77,55 @@ class Reporter:
         )
 
 
+def _ignore(count: int, failed: int = 0, running: int = 0) -> None:
+    """Show nothing."""
+
+
+def _state(failed: int, running: int) -> str:
+    """How many failed and run, those that are not 0."""
+    counts = {"failed": failed, "running": running}
+    return "".join(f", {count} {name}" for name, count in counts.items() if count).removeprefix(", ")
+
+
+@dataclass
+class _LogLines:
+    """Lines about one stage: how many units are done, now and then until it ends, whether one has ended or not."""
+
+    name: str
+    total: int
+    noun: str
+    done: int = 0
+    failed: int = 0
+    running: int = 0
+    start: float = field(default_factory=time.monotonic)
+
+    def advance(self, count: int, failed: int = 0, running: int = 0) -> None:
+        self.done, self.failed, self.running = self.done + count, failed, running
+
+    def line(self) -> str:
+        rate = self.done / (time.monotonic() - self.start)
+        state = _state(self.failed, self.running)
+        shown = f" ({state})" if state else ""
+        pace = f"{rate:.2g}/s, {(self.total - self.done) / rate:.0f} s left" if rate else "no rate yet"
+        return f"{self.name}: {self.done} of {self.total} {self.noun}{shown}, {pace}"
+
+    def write(self, stop: threading.Event) -> None:
+        while not stop.wait(LOG_EVERY_SECONDS):
+            LOG.info("%s", self.line())
+
+
 def _log_stage(name: str, total: int, noun: str) -> Iterator[Advance]:
-    start = last = time.monotonic()
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done, last
-        done += count
-        now = time.monotonic()
-        if now - last >= LOG_EVERY_SECONDS:
-            last = now
-            rate = done / (now - start)
-            LOG.info("%s: %d of %d %s, %.2g/s, %.0f s left", name, done, total, noun, rate, (total - done) / rate)
-
-    yield advance
-    LOG.info("%s: %d of %d %s in %.1f s", name, done, total, noun, time.monotonic() - start)
+    LOG.info("%s: %d %s to do", name, total, noun)
+    lines, stop = _LogLines(name, total, noun), threading.Event()
+    writer = threading.Thread(target=lines.write, args=(stop,), name="samreg-progress", daemon=True)
+    writer.start()
+    try:
+        yield lines.advance
+    finally:
+        stop.set()
+        writer.join()
+    failed = f", {lines.failed} failed" if lines.failed else ""
+    LOG.info("%s: %d of %d %s%s in %.1f s", name, lines.done, total, noun, failed, time.monotonic() - lines.start)
 
 
 class SilentReporter(Reporter):
@@ -88,4 +134,4 @@ class SilentReporter(Reporter):
     @contextmanager
     def stage(self, name: str, total: int, noun: str) -> Iterator[Advance]:
         """Yield a function that does nothing."""
-        yield lambda count: None
+        yield _ignore

@@ -12,11 +12,14 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import StudyConfig
-from pipeline.folder import FolderError, StudyFolder
+from pipeline.errors import FolderError
+from pipeline.folder import StudyFolder
 from pipeline.inputs import InputDigests
 from pipeline.keys import PlannedPair, SubjectKeys, encode_settings
+from pipeline.usage import Usage
 from storage import tables
 from storage.cohort import Cohort, Pair, Subject
+from storage.redaction import has_credentials, redact
 from storage.signature import SignatureMismatch, check_signature, digest
 
 if TYPE_CHECKING:
@@ -43,6 +46,22 @@ def check_settings(folder: StudyFolder, config: StudyConfig, segmenter: Mapping[
         raise FolderError(
             f"{error}. Choose another --out, go back to the stored settings, or add --overwrite to encode again"
         ) from None
+
+
+def refuse_credentials(config: StudyConfig, cohort: Cohort) -> None:
+    """Refuse URIs with credentials, which `run.yaml`, `plan.json` and the report would show.
+
+    Raises:
+        FolderError: naming the URI without them.
+    """
+    texts = [json.dumps(config.resolved()), *(v for s in cohort.subjects for v in dataclasses.asdict(s).values())]
+    for text in texts:
+        if isinstance(text, str) and has_credentials(text):
+            shown = redact(text) if len(text) < 300 else "a setting"
+            raise FolderError(
+                f"{shown} holds credentials, which the study folder would keep. Give them by environment variables "
+                "(AWS_ACCESS_KEY_ID, ...), the configuration files of fsspec, or a role of the nodes"
+            )
 
 
 def versions() -> dict[str, str]:
@@ -134,6 +153,25 @@ def _manifest_row(subject: Subject) -> dict[str, str]:
     return row
 
 
+def run_id(start: float) -> str:
+    """Name of a run of this process that started so many seconds after the epoch."""
+    return f"{datetime.fromtimestamp(start, UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
+
+
+def append_units(folder: StudyFolder, run: str, stage: str, number: int, used: Sequence[Usage]) -> None:
+    """Add a part to the units table: a row for each unit."""
+    rows = [
+        {
+            "run": run,
+            "stage": stage,
+            **{name: getattr(usage, name) for name in Usage.__slots__},
+            "started": datetime.fromtimestamp(usage.started, UTC),
+        }
+        for usage in used
+    ]
+    tables.write_part(folder.root, "units", f"{run}-{stage}-{number:04d}", tables.table_from_rows("units", rows))
+
+
 def append_run(
     folder: StudyFolder,
     record: Mapping[str, Any],
@@ -142,7 +180,7 @@ def append_run(
 ) -> None:
     """Add one row per stage to the runs table."""
     started = datetime.fromtimestamp(start, UTC)
-    run = f"{started:%Y%m%dT%H%M%S}-{os.getpid()}"
+    run = run_id(start)
     shared = {
         "run": run,
         "started": started,

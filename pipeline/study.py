@@ -32,6 +32,8 @@ from storage.cohort import Cohort, Pair
 
 LOG = logging.getLogger("samreg")
 
+UNITS_PER_PART = 5000
+
 UnknownPair = tuple[int, Pair, str]
 
 
@@ -46,6 +48,7 @@ class StageCount:
     seconds: float = 0.0
     workers: int = 1
     peak_memory_bytes: int | None = None
+    parts: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def run_study(
     if until not in STAGES:
         raise UsageError(f"until is {until!r}, which is no stage; stages are {', '.join(STAGES)}")
     folder = StudyFolder(Path(out).absolute())
-    with stopped_by_full_disk(folder), folder.lock(), open_executor(config.execution) as executor:
+    with stopped_by_full_disk(folder), folder.lock() as lock, open_executor(config.execution, lock.check) as executor:
         folder.clear_abandoned()
         study = Study(config, cohort, folder, executor, reporter or Reporter(), until)
         return study.run(pairs, unknown, overwrite)
@@ -125,16 +128,19 @@ class Study:
         self.failures = FailureLog(self.folder.root)
         self.store = self.folder.store
         self.subjects = self.cohort.by_name()
+        self.run_id = record.run_id(time.time())
 
     def run(self, pairs: Sequence[Pair] | None, unknown: Sequence[UnknownPair], overwrite: bool) -> StudySummary:
         """Every stage that is asked for, in order."""
         start = time.time()
+        self.run_id = record.run_id(start)
         if pairs is None and self.config.pairs.by_similarity and finds_classes(self.config.segmenter):
             raise PairsError(
                 f"pairs {self.config.pairs.mode!r} compare prototypes, which class ROIs do not have; choose others"
             )
         if pairs is None:
             pairs = choose_pairs(self.config.pairs, self.cohort)
+        record.refuse_credentials(self.config, self.cohort)
         segmenter = segmenter_signature(self.config.segmenter)
         record.check_settings(self.folder, self.config, segmenter, overwrite)
         inputs = self._digest_inputs()
@@ -177,16 +183,35 @@ class Study:
     ) -> Iterator[tuple[Any, Any | Failure]]:
         """Dispatch a stage under its progress bar; a full disk stops the run instead of failing every unit."""
         size = dict(zip((unit.unit for unit in units), sizes or [1] * len(units), strict=True))
-        start = time.perf_counter()
-        with self.reporter.stage(task.name, sum(size.values()), noun) as advance:
-            for unit, outcome in self.executor.map_units(task, units):
-                if isinstance(outcome, Failure) and outcome.disk_full:
-                    raise self.disk_full(outcome.message)
-                advance(size[unit.unit])
-                yield unit, outcome
-        self.counts[task.name].seconds = time.perf_counter() - start
-        self.counts[task.name].workers = self.executor.active_workers
-        self.counts[task.name].peak_memory_bytes = self.executor.peak_memory_bytes()
+        start, count = time.perf_counter(), self.counts[task.name]
+        try:
+            with self.reporter.stage(task.name, sum(size.values()), noun) as advance:
+                for unit, outcome in self.executor.map_units(task, units):
+                    if isinstance(outcome, Failure) and outcome.disk_full:
+                        raise self.disk_full(outcome.message)
+                    yield unit, outcome
+                    advance(size[unit.unit], count.failed, self.executor.running)
+                    if len(self.executor.ledger) >= UNITS_PER_PART:
+                        self._record_units(count)
+        finally:
+            count.seconds = time.perf_counter() - start
+            count.workers = self.executor.active_workers
+            self._record_units(count)
+
+    def _record_units(self, count: StageCount) -> None:
+        """Move the executor's ledger to the units table; on a full disk the error under way matters more."""
+        used, self.executor.ledger[:] = list(self.executor.ledger), []
+        if not used:
+            return
+        peaks = [usage.peak_memory_bytes for usage in used if usage.peak_memory_bytes is not None]
+        count.peak_memory_bytes = max([*peaks, count.peak_memory_bytes or 0])
+        try:
+            record.append_units(self.folder, self.run_id, count.stage, count.parts, used)
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            LOG.error("the units table could not be written: %s", error)
+        count.parts += 1
 
     def _plan(
         self,

@@ -97,8 +97,8 @@ def run_sweep(
     request = _request(config, plan, pairs)
     with (
         stopped_by_full_disk(folder),
-        folder.lock(),
-        open_executor(config.execution, rounds=len(combinations)) as executor,
+        folder.lock() as lock,
+        open_executor(config.execution, lock.check, rounds=len(combinations)) as executor,
     ):
         out = folder.root / "sweeps" / subject_key(name or grid.name)
         sweep = Sweep(folder, out, run["encode"], request, executor, reporter or Reporter(), keep_transforms)

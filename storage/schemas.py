@@ -301,6 +301,23 @@ RUNS = _schema(
     ]
 )
 
+UNITS = _schema(
+    [
+        ("run", _TEXT, "", "id of the run"),
+        ("stage", _TEXT, "", "stage"),
+        ("unit", _TEXT, "", "id of the unit of work: a subject, a tile of pairs, or a few pairs of one"),
+        ("host", _TEXT, "", "machine that it ran on"),
+        ("started", _TIME, "UTC", "when it started, by the clock of that machine"),
+        ("seconds", _MEASURE, "s", "wall time"),
+        ("processor_seconds", _MEASURE, "s", "processor time of the whole process meanwhile"),
+        ("bytes_read", pa.int64(), "byte", "read from files, cached or not; units sent together share equally"),
+        ("bytes_written", pa.int64(), "byte", "written to files; units sent together share equally"),
+        ("peak_memory_bytes", pa.int64(), "byte", "largest resident memory of the process while it ran"),
+        ("gpu_seconds", _MEASURE, "s", "time for which it held a GPU, times the share of it"),
+        ("failed", pa.bool_(), "", "whether it failed as a whole"),
+    ]
+)
+
 SCHEMAS = {
     "rois": ROIS,
     "correspondences": CORRESPONDENCES,
@@ -310,4 +327,5 @@ SCHEMAS = {
     "queries": QUERIES,
     "failures": FAILURES,
     "runs": RUNS,
+    "units": UNITS,
 }

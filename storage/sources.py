@@ -44,10 +44,33 @@ def local_copy(path: str | Path) -> Iterator[Path]:
         yield _download(str(path), Path(folder))
 
 
+def remote_size(uri: str) -> int | None:
+    """Bytes of an object, without fetching it; None where its store does not say.
+
+    Raises:
+        ImageError: when it does not exist or cannot be reached.
+    """
+    with _fetching(uri):
+        files, location = fsspec.core.url_to_fs(uri)
+        size: int | None = files.info(location)["size"]
+        return size
+
+
+@contextmanager
+def _fetching(uri: str) -> Iterator[None]:
+    """Turn what goes wrong with a URI into one error that says it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ImageError(f"{uri}: no such file or folder; check the address in the manifest") from None
+    except (OSError, ImportError, ValueError) as error:
+        raise ImageError(f"{uri}: could not be fetched ({type(error).__name__}: {error})") from error
+
+
 def _download(uri: str, folder: Path) -> Path:
     if uri.lower().endswith(_DETACHED_SUFFIXES):
         raise ImageError(f"{uri}: header and voxels are separate files; store them as one (.mha, .nrrd, .nii.gz)")
-    try:
+    with _fetching(uri):
         files, location = fsspec.core.url_to_fs(uri)
         if files.protocol == "file" or "file" in files.protocol:
             if not Path(location).exists():
@@ -58,10 +81,6 @@ def _download(uri: str, folder: Path) -> Path:
             files.get(location.rstrip("/") + "/", f"{target}/", recursive=True)
         else:
             files.get_file(location, str(target))
-    except FileNotFoundError:
-        raise ImageError(f"{uri}: no such file or folder; check the address in the manifest") from None
-    except (OSError, ImportError, ValueError) as error:
-        raise ImageError(f"{uri}: could not be fetched ({type(error).__name__}: {error})") from error
     return target
 
 

@@ -1,63 +1,218 @@
-"""deploy/submit.sh: what it sends to a cluster, and what it refuses. A stand-in plays the `ray` command."""
+"""deploy/: the scripts and manifests, checked as far as a machine without those clusters allows."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shlex
+import signal
 import subprocess
+import sys
+import tempfile
+import time
+import tomllib
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
+import ray.autoscaler as ray_autoscaler
+import typer
+import yaml
 
+from pipeline.cli import app
+from pipeline.config import load_config
+from storage import tables
+from tests import phantoms
 from tests.phantoms import REPO
 
 
-@pytest.fixture
-def ray(tmp_path: Path) -> Path:
-    """A `ray` that writes down its arguments and the files of its working directory, then fails with 7."""
-    command = tmp_path / "ray"
-    command.write_text(
-        f'#!/bin/bash\nprintf "%s\\n" "$@" > "{tmp_path}/arguments"\n'
-        f'while [ "$1" != --working-dir ]; do shift; done\n(cd "$2" && find . -type f) > "{tmp_path}/files"\nexit 7\n'
-    )
-    command.chmod(0o755)
-    return command
-
-
-def _submit(ray: Path, *arguments: str, address: str | None = "http://head:8265") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "RAY": str(ray)}
-    environment.pop("RAY_ADDRESS", None)
-    if address is not None:
-        environment["RAY_ADDRESS"] = address
-    command = ["bash", str(REPO / "deploy/submit.sh"), *arguments]
-    return subprocess.run(command, env=environment, cwd=ray.parent, capture_output=True, text=True, timeout=60)
-
-
-def test_only_code_is_sent_and_the_exit_code_is_the_jobs(ray: Path) -> None:
-    done = _submit(ray, "configs/cardiac.yaml", "--cohort", "/d/c.csv", "--out", "/d/s", "--pairs", "star")
+def test_submit_sh_is_samreg_submit_of_this_checkout(tmp_path: Path) -> None:
+    """A stand-in plays Python and writes down its arguments."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\nprintf "%s\\n" "$PYTHONPATH" "$@" > "{tmp_path}/arguments"\nexit 7\n')
+    python.chmod(0o755)
+    command = ["bash", str(REPO / "deploy/submit.sh"), "configs/cardiac.yaml", "--cohort", "/d/c d.csv"]
+    environment = {**os.environ, "PYTHON": str(python)}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 7, done.stderr
-    arguments = (ray.parent / "arguments").read_text().splitlines()
-    assert arguments[:4] == ["job", "submit", "--address", "http://head:8265"]
-    start = arguments.index("--") + 1
-    assert arguments[start:] == [
-        *("python", "-m", "pipeline.cli", "run", "configs/cardiac.yaml", "--cohort", "/d/c.csv"),
-        *("--out", "/d/s", "--pairs", "star", "--executor", "ray"),
-    ]
-    sent = (ray.parent / "files").read_text().splitlines()
-    assert {path.split("/")[1] for path in sent} == {
-        *("pipeline", "actors", "storage", "configs", "samreg.py", "pyproject.toml")
-    }
-    assert all(path.endswith((".py", ".yaml", ".toml")) for path in sent)
+    sent = (tmp_path / "arguments").read_text().splitlines()
+    assert sent == [str(REPO), "-m", "pipeline.cli", "submit", "configs/cardiac.yaml", "--cohort", "/d/c d.csv"]
 
 
-@pytest.mark.parametrize("option", ["--cohort", "--out", "--pairs"])
-def test_relative_paths_are_refused(ray: Path, option: str) -> None:
-    done = _submit(ray, option, "study/")
-    assert done.returncode == 2
-    assert f"{option} study/ is relative" in done.stderr
-    assert not (ray.parent / "arguments").exists()
+SCRIPTS = sorted([*(REPO / "deploy").glob("*.sh"), *(REPO / "deploy").glob("*.sbatch")])
 
 
-def test_a_cluster_must_be_named(ray: Path) -> None:
-    done = _submit(ray, "--cohort", "/d/c.csv", address=None)
-    assert done.returncode != 0
-    assert "RAY_ADDRESS" in done.stderr
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_pass_shellcheck(script: Path) -> None:
+    checker = Path(sys.executable).with_name("shellcheck")
+    done = subprocess.run([checker, "--shell=bash", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def _instructions(text: str) -> list[tuple[str, str]]:
+    """(instruction, argument) of a Dockerfile, lines joined and comments dropped."""
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    joined = "\n".join(lines).replace("\\\n", " ")
+    return [(line.split()[0], line.split(None, 1)[1]) for line in joined.splitlines() if line.strip()]
+
+
+DOCKERFILE = _instructions((REPO / "deploy/Dockerfile").read_text())
+
+
+def _target(name: str) -> list[tuple[str, str]]:
+    """The instructions of a target and of those it is built on, first things first."""
+    stages: dict[str, list[tuple[str, str]]] = {}
+    for instruction, argument in DOCKERFILE:
+        if instruction == "FROM":
+            parent, _, stage = argument.split()
+            stages[stage] = list(stages.get(parent, []))
+            current = stages[stage]
+        elif stages:
+            current.append((instruction, argument))
+    return stages[name]
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_images_are_pinned_and_run_as_a_user(target: str) -> None:
+    instructions = _target(target)
+    assert [argument for instruction, argument in instructions if instruction == "USER"][-1] == "samreg"
+    assert not [argument for instruction, argument in DOCKERFILE if instruction == "ADD"]
+    base = next(argument for instruction, argument in DOCKERFILE if instruction == "FROM")
+    assert re.fullmatch(r"python:\$\{PYTHON\}-slim-\w+ AS base", base)
+    version = next(argument for instruction, argument in DOCKERFILE if instruction == "ARG")
+    assert re.fullmatch(r"PYTHON=3\.1[123]\.\d+", version)
+    installs = [argument for instruction, argument in DOCKERFILE if instruction == "RUN" and "pip install" in argument]
+    assert installs
+    assert all("--no-cache-dir" in each and "-c constraints.txt" in each for each in installs)
+
+
+def test_what_the_image_copies_exists_and_passes_the_ignore_file() -> None:
+    allowed = (REPO / "deploy/Dockerfile.dockerignore").read_text().splitlines()
+    assert "*" in allowed
+    copies = [argument for instruction, argument in DOCKERFILE if instruction == "COPY" and "--from" not in argument]
+    sources = {name for argument in copies for name in argument.split()[:-1]}
+    assert {f"!{name}" for name in sources} == {line for line in allowed if line.startswith("!")}
+    assert all((REPO / name).exists() for name in sources)
+    packages = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert {name.split(".")[0] for name in packages} <= sources
+
+
+RAYJOB = yaml.safe_load((REPO / "deploy/rayjob.yaml").read_text())
+CLUSTER = RAYJOB["spec"]["rayClusterSpec"]
+GROUPS = {group["groupName"]: group for group in CLUSTER["workerGroupSpecs"]}
+GIB = {"encode": 2.4, "match-fit": 1.0}  # of a worker, measured
+
+
+def _samreg_options(entrypoint: str) -> dict[str, Any]:
+    """Options of a samreg command line, parsed as the command does."""
+    words = shlex.split(entrypoint)
+    assert words[:2] == ["samreg", "run"]
+    root: Any = typer.main.get_command(app)
+    parsed: dict[str, Any] = root.commands["run"].make_context("run", words[2:]).params
+    return parsed
+
+
+def test_the_ray_job_asks_for_what_its_workers_take() -> None:
+    parsed = _samreg_options(RAYJOB["spec"]["entrypoint"])
+    execution = load_config(None, parsed["overrides"]).execution
+    encode, fit = GROUPS["encode"], GROUPS["match-fit"]
+    assert parsed["device"] == "cuda"
+    assert execution.encode_workers == encode["maxReplicas"] / execution.gpu_fraction
+    assert int(encode["rayStartParams"]["num-cpus"]) == 1 / execution.gpu_fraction
+    assert parsed["workers"] == fit["maxReplicas"] * int(fit["rayStartParams"]["num-cpus"])
+    for name, group in GROUPS.items():
+        container = group["template"]["spec"]["containers"][0]
+        workers = int(group["rayStartParams"]["num-cpus"])
+        store = int(group["rayStartParams"]["object-store-memory"]) / 2**30
+        for kind in ("requests", "limits"):
+            assert float(container["resources"][kind]["memory"].removesuffix("Gi")) >= workers * GIB[name] + 1 + store
+            assert container["resources"][kind]["cpu"] == group["rayStartParams"]["num-cpus"]
+        assert group["minReplicas"] == group["replicas"] == 0
+
+
+def test_the_ray_job_is_whole() -> None:
+    assert (RAYJOB["apiVersion"], RAYJOB["kind"]) == ("ray.io/v1", "RayJob")
+    assert CLUSTER["enableInTreeAutoscaling"] is True
+    assert f"ray=={CLUSTER['rayVersion']}" in (REPO / "constraints.txt").read_text().splitlines()
+    assert CLUSTER["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert GROUPS["encode"]["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    for group in (CLUSTER["headGroupSpec"], *GROUPS.values()):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert container["livenessProbe"]["exec"]["command"]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        assert volumes["shm"]["emptyDir"]["medium"] == "Memory"
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        assert mounts == {"data": "/data", "weights": "/weights", "shm": "/dev/shm"}
+        assert mounts.keys() == volumes.keys()
+        assert container["envFrom"][0]["secretRef"]["name"]
+        assert not container["image"].endswith(":latest")
+
+
+def test_the_cluster_file_fits_rays_schema() -> None:
+    described = yaml.safe_load((REPO / "deploy/cluster.yaml").read_text())
+    schema = json.loads((Path(ray_autoscaler.__file__).parent / "ray-schema.json").read_text())
+    jsonschema.validate(described, schema)
+    assert described["head_node_type"] in described["available_node_types"]
+    assert described["available_node_types"]["head"]["resources"]["CPU"] == 0
+
+
+_SRUN = r"""#!/bin/bash
+# Runs a step here, once per task, as Slurm would on its nodes.
+tasks=1
+while [[ $1 == --* ]]; do
+  case $1 in --ntasks=*) tasks=${1#*=} ;; esac
+  shift
+done
+trap 'kill -TERM $(jobs -p) 2>/dev/null; wait; exit 143' TERM
+for ((task = 0; task < tasks; task++)); do "$@" & done
+wait
+"""
+_SCONTROL = """#!/bin/bash
+case $1 in
+  show) printf 'node-%s\\n' 1 2 ;;
+  requeue) echo "$2" >> "$(dirname "$0")/requeued" ;;
+esac
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_slurm_script_stops_in_time_and_goes_on(tmp_path: Path) -> None:
+    """On two `nodes` here, with stand-ins for srun and scontrol: ended by the signal, then run to the end."""
+    cohort = phantoms.write_cohort(tmp_path / "data", ("a", "b", "c", "d"))
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in (("srun", _SRUN), ("scontrol", _SCONTROL)):
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as short:
+        options = "--num-cpus=1 --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0"
+        environment = {
+            **phantoms.environment(),
+            **{"PATH": f"{commands}{os.pathsep}{os.environ['PATH']}", "VENV": sys.prefix, "RAY_TMPDIR": short},
+            **{"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node-[1-2]", "REQUEUE": "1"},
+            "RAY_OPTIONS": f"{options} --object-store-memory=100000000",
+        }
+        out, calm = tmp_path / "study", tmp_path / "calm"
+        arguments = ("--cohort", cohort, "--out", out, "--pairs", "star", "--until", "match")
+        command = ["bash", REPO / "deploy/slurm.sbatch", *arguments]
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as job:
+            while not list(out.glob("embeddings.zarr/*/zarr.json")):
+                assert job.poll() is None, job.stderr and job.stderr.read()
+                time.sleep(0.05)
+            job.send_signal(signal.SIGTERM)
+            log = job.communicate(timeout=120)[1]
+        assert job.returncode == 143, log
+        assert "samreg: interrupted; what is finished is kept" in log
+        assert (commands / "requeued").read_text().split() == [str(os.getpid())]
+        again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 0, again.stderr
+    assert phantoms.samreg("run", "--cohort", cohort, "--out", calm, *arguments[4:]).returncode == 0
+    assert phantoms.study_tables(out) == phantoms.study_tables(calm)
+    encoded = [row for row in tables.read_table(out, "runs").to_pylist() if row["stage"] == "encode"]
+    assert encoded[-1]["workers"] == 2

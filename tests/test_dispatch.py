@@ -118,7 +118,7 @@ def test_auto_hands_the_rest_to_ray_when_that_pays(monkeypatch: pytest.MonkeyPat
 def test_auto_weighs_the_work_of_every_round_to_come(monkeypatch: pytest.MonkeyPatch, rounds: int, wide: bool) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("pipeline.dispatch.RAY_START_SECONDS", 10.0)
-    executor = RayExecutor(ExecutionConfig(executor="auto", workers=2), rounds)
+    executor = RayExecutor(ExecutionConfig(executor="auto", workers=2), rounds=rounds)
     monkeypatch.setattr(executor, "_map_on_ray", lambda task, units: ((unit, "ray") for unit in units))
     task = Task("slow", lambda device: lambda unit: time.sleep(0.02))
     assert ("ray" in [outcome for _, outcome in executor.map_units(task, UNITS)]) == wide

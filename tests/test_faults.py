@@ -11,7 +11,7 @@ import resource
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -198,20 +198,6 @@ def test_files_that_cannot_grow_stop_the_run(cohort: Path, undisturbed: dict[str
     assert "Traceback" not in stopped.stderr
     assert _run(cohort, out).returncode == 0
     assert phantoms.study_tables(out) == undisturbed
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of half a megabyte."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk_stops_the_run(cohort: Path, undisturbed: dict[str, Any], small_disk: Path) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.dispatch import RAY_START_SECONDS
+from pipeline.errors import UsageError
 from pipeline.folder import StudyFolder
-from pipeline.plan import START_SECONDS, Plan, make_plan
+from pipeline.plan import START_SECONDS, Plan, describe_plan, make_plan
 from pipeline.progress import SilentReporter
 from pipeline.request import read_request
 from pipeline.study import run_study
@@ -43,7 +44,7 @@ def test_sizes_are_those_of_the_run(shared_data: Path, tmp_path: Path) -> None:
     assert plan.store_bytes == pytest.approx(_bytes(study.embeddings), rel=0.5)
     assert plan.transform_bytes == pytest.approx(_bytes(study.transforms), rel=0.3)
     again = make_plan(request, tmp_path / "study")
-    assert again.measured
+    assert again.source == "from earlier runs in this folder"
     assert START_SECONDS < again.seconds < 10 * plan.seconds
 
 
@@ -64,5 +65,23 @@ def test_rates_come_from_the_largest_earlier_runs(cohort: Path, tmp_path: Path) 
     ]
     tables.write_part(tmp_path, "runs", "r", tables.table_from_rows("runs", rows))
     plan = _plan(cohort, tmp_path, "execution.executor=serial", pairs="star")
-    assert plan.measured
+    assert plan.source == "from earlier runs in this folder"
     assert plan.seconds == pytest.approx(START_SECONDS + 8 * 2.5 + 7 * 1.0)
+
+
+def test_a_probe_scales_what_a_few_subjects_took(tmp_path: Path) -> None:
+    cohort = phantoms.write_cohort(tmp_path / "data", [f"s{n}" for n in range(4)], (2, 40, 40))
+    request = read_request(None, cohort, "star", ["execution.executor=serial", "segmenter=labels"])
+    with pytest.raises(UsageError, match="the probe failed at encode of s0: segmenter 'labels' needs"):
+        make_plan(request, tmp_path / "s", probe=True)
+    request = read_request(None, cohort, "star", ["execution.executor=serial"])
+    plan = make_plan(request, tmp_path / "s", probe=True)
+    assert plan.source == "from a probe"
+    assert not (tmp_path / "s").exists()
+    run_study(request.config, request.cohort, tmp_path / "s", reporter=SilentReporter())
+    study = StudyFolder(tmp_path / "s")
+    assert plan.store_bytes == pytest.approx(_bytes(study.embeddings), rel=0.3)
+    assert plan.transform_bytes == pytest.approx(_bytes(study.transforms), rel=0.3)
+    peaks = tables.read_table(study.root, "units").column("peak_memory_bytes").to_pylist()
+    assert plan.worker_bytes == pytest.approx(max(peaks), rel=0.3)
+    assert f"memory    {plan.worker_bytes / 2**20:.0f} MiB a worker" in describe_plan(plan)

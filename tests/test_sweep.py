@@ -163,7 +163,7 @@ class _Interrupting(SilentReporter):
         self.left -= bool(total)
         if self.left < 0:
             raise KeyboardInterrupt
-        yield lambda count: None
+        yield lambda count, failed=0, running=0: None
 
 
 @pytest.mark.parametrize("stages", [1, 4])
@@ -321,4 +321,4 @@ def test_the_reporter_is_the_default_one_without_a_choice(study: Path, monkeypat
 @contextmanager
 def _noted(seen: list[str], name: str) -> Iterator[Advance]:
     seen.append(name)
-    yield lambda count: None
+    yield lambda count, failed=0, running=0: None

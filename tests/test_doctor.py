@@ -1,0 +1,63 @@
+"""`samreg doctor`: what it finds here, what it says of faults, and what it never shows."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline import doctor
+from pipeline.config import make_config
+from tests import phantoms
+
+
+def test_this_machine_passes_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    image = phantoms.write_cohort(tmp_path / "data", ("a",)).with_name("0.nii.gz")
+    done = phantoms.samreg("doctor", "--out", tmp_path / "study", "--uri", image.as_uri())
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("Python", "cores", "memory", "/dev/shm", "GPU", "weights", "space", "writing", "URI file", "Ray"):
+        assert f"│ {name} " in done.stdout
+    assert list((tmp_path / "study").iterdir()) == []
+
+
+def test_whatever_fails_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMREG_WEIGHTS", str(tmp_path))
+    faults = ("--out", "/proc/study", "--uri", "file:///nowhere/image.nii.gz", "--address", "http://127.0.0.1:1")
+    done = phantoms.samreg("doctor", *faults, "--set", "segmenter=sam_vit_b")
+    assert done.returncode == 1, done.stdout
+    shown = " ".join(done.stdout.replace("│", " ").split())
+    for said in ("flock", "no such file", "no Ray cluster answers", "samreg weights fetch sam_vit_b"):
+        assert said in shown
+    assert shown.count(" fail ") == 4
+    assert "Traceback" not in done.stderr
+
+
+def test_missing_and_wrong_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ["numpy>=99", "no-such-package>=1", 'timm>=1; extra == "mobile"', "zarr>=3"]
+    monkeypatch.setattr(doctor, "requires", lambda name: wanted)
+    check = doctor.check_packages()
+    assert check.state == "fail"
+    assert "is not >=99" in check.found
+    assert "no-such-package is missing" in check.found
+    assert "timm" not in check.found
+
+
+def test_more_threads_than_workers_want_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "16")
+    assert doctor.check_threads().state == "warn"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(doctor, "_cgroup_cores", lambda: None)
+    assert doctor.check_threads().state == "ok"
+    monkeypatch.setattr(doctor, "_cgroup_cores", lambda: 0.5)
+    assert "execution.workers=1" in doctor.check_threads().advice
+
+
+def test_secrets_never_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "verysecretvalue")
+    uris = ["http://me:hidden@127.0.0.1:1/verysecretvalue.nii.gz?X-Amz-Signature=abcdef"]
+    checks = list(doctor.examine(make_config({}), None, None, uris))
+    text = str(checks)
+    assert "127.0.0.1:1" in text
+    assert not [secret for secret in ("hidden", "verysecretvalue", "abcdef") if secret in text]
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] == "verysecretvalue"

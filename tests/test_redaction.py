@@ -1,0 +1,60 @@
+"""Secrets never reach a log, a table or a record of a study."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import make_config
+from pipeline.dispatch import Failure, attempt
+from pipeline.errors import FolderError
+from pipeline.record import refuse_credentials
+from storage.cohort import Cohort, Subject
+from storage.redaction import RedactingFormatter, has_credentials, redact
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("s3://key:pass/word@bucket/a", "s3://key:pass/word@bucket/a"),
+        ("s3://key:password@bucket/a b", "s3://***@bucket/a b"),
+        ("https://b/c?X-Amz-Signature=abc&versionId=3", "https://b/c?X-Amz-Signature=***&versionId=3"),
+        ("https://b/c?v=1&token=abc", "https://b/c?v=1&token=***"),
+        ("me@example.org wrote to /data/a@b", "me@example.org wrote to /data/a@b"),
+    ],
+)
+def test_credentials_of_uris_are_hidden(text: str, shown: str) -> None:
+    assert redact(text) == shown
+    assert has_credentials(text) == (text != shown)
+
+
+class _Unit:
+    unit = "u"
+
+
+def test_secret_variables_are_hidden_in_failures_and_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/home/me/token")
+
+    def fail(unit: _Unit) -> None:
+        raise OSError("refused 0123456789abcdef at /home/me/token")
+
+    failure = attempt(fail, _Unit())
+    assert isinstance(failure, Failure)
+    assert failure.message == "refused *** at /home/me/token"
+    assert "0123456789abcdef" not in failure.traceback
+    record = logging.LogRecord("samreg", logging.INFO, "", 0, "token %s", ("0123456789abcdef",), None)
+    assert RedactingFormatter("%(message)s").format(record) == "token ***"
+
+
+def test_a_study_with_credentials_in_its_uris_is_refused(tmp_path: Path) -> None:
+    cohort = Cohort((Subject("a", "s3://key:password@bucket/a.nii.gz"),))
+    with pytest.raises(FolderError, match=r"s3://\*\*\*@bucket/a\.nii\.gz holds credentials") as caught:
+        refuse_credentials(make_config({}), cohort)
+    assert "password" not in str(caught.value)
+    named = make_config({"segmenter": {"name": "sam_vit_b", "checkpoint": "https://u:password@h/w.pth"}})
+    with pytest.raises(FolderError, match="a setting holds credentials"):
+        refuse_credentials(named, Cohort(()))
+    refuse_credentials(make_config({}), Cohort((Subject("a", "s3://bucket/a.nii.gz"),)))
