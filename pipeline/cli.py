@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from pipeline import cli_cohort, cli_demo, cli_export, cli_report, cli_sweep, cli_weights
+from pipeline import cli_atlas, cli_cohort, cli_demo, cli_export, cli_report, cli_sweep, cli_weights
 
 if TYPE_CHECKING:
     from pipeline.config import StudyConfig
@@ -235,6 +235,7 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 
 _mount(cli_report.report)
+_mount(cli_atlas.atlas)
 _mount(cli_sweep.sweep)
 _mount(cli_export.export)
 _mount(cli_export.apply)

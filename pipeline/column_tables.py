@@ -15,6 +15,7 @@ _MEANING = {
     "unmatched": "one row per pair in which no ROI pair was found",
     "rois": "one row per ROI of a subject",
     "cohort_rois": "after `samreg cohort rois`, one row per track that was found in another subject",
+    "atlas": "`samreg atlas` writes it to the file `atlas/atlas.parquet`, one row per iteration and subject",
     "failures": "one row per unit of work that failed in the latest run",
     "runs": "one row per run and stage",
 }

@@ -1,0 +1,88 @@
+"""The rows of `atlas.parquet`: of one iteration, which mark it as done, and of all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.table import Table
+
+from pipeline.algorithms.warp import Array
+from pipeline.atlas_folder import IterationFolder
+from pipeline.stages.atlas_propagate import LONE
+from storage import tables
+from storage.atomic import replace_file
+
+NAME = "atlas"
+_PART = "subjects"
+_SHOWN = {
+    "mean_displacement": "moved",
+    "image_change": "change",
+    "sharpness": "sharpness",
+    "dice_pairwise": "Dice pairs",
+    "dice_majority": "majority",
+    "dice_propagated": "others to left-out",
+    "dice_best_single": "best single",
+    "dice_reference": "reference",
+}
+
+
+def read_rows(folder: IterationFolder, key: str) -> list[dict[str, Any]] | None:
+    """Rows of a finished iteration of this key whose files are there, or None."""
+    if not tables.has_part(folder.root, NAME, _PART):
+        return None
+    rows: list[dict[str, Any]] = tables.read_part(folder.root, NAME, _PART).to_pylist()
+    files = [folder.template, folder.shapes, *(folder.composed("transforms", row["subject"]) for row in rows[:1])]
+    later = IterationFolder(folder.atlas, folder.number + 1, folder.suffix)
+    needed = files[:2] if tables.has_part(later.root, NAME, _PART) else files
+    return rows if rows[0]["key"] == key and all(path.exists() for path in needed) else None
+
+
+def write_rows(folder: IterationFolder, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the rows of an iteration, by which it is done."""
+    tables.write_part(folder.root, NAME, _PART, tables.table_from_rows(NAME, rows))
+
+
+def write_atlas(root: Path, folders: Sequence[IterationFolder]) -> None:
+    """Write `atlas.parquet`."""
+    whole = pa.concat_tables([tables.read_part(folder.root, NAME, _PART) for folder in folders])
+    with replace_file(root / "atlas.parquet") as temporary:
+        pq.write_table(whole, temporary, compression="zstd")
+
+
+def with_agreement(
+    rows: Sequence[dict[str, Any]], voters: Sequence[str], dice: Array, reference: str
+) -> list[dict[str, Any]]:
+    """Rows with their mean pairwise Dice [N, N] of the `voters`, and the Dice of labels of single subjects.
+
+    The best single subject is the one whose labels have the highest mean Dice in the others, of those that were tried.
+    """
+    others = np.where(np.eye(len(dice), dtype=bool), np.nan, dice)
+    pairwise = {name: float(np.nanmean(line)) for name, line in zip(voters, others, strict=True) if len(dice) > 1}
+    tried: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.get(LONE, {}).items():
+            tried.setdefault(name, []).append(value)
+    best = max(tried, key=lambda name: float(np.nanmean(tried[name])), default=None)
+    finished = []
+    for row in rows:
+        alone = row.pop(LONE, {})
+        columns = {"dice_reference": alone.get(reference), "dice_best_single": alone.get(best), "best_single": best}
+        finished.append({**row, "dice_pairwise": pairwise.get(row["subject"]), **columns})
+    return finished
+
+
+def describe(iterations: Sequence[Sequence[Mapping[str, Any]]]) -> Table:
+    """Means over the subjects, a line per iteration."""
+    shown = Table("iteration", "subjects", *_SHOWN.values())
+    for rows in iterations:
+        texts = []
+        for name in _SHOWN:
+            values = [row[name] for row in rows if row.get(name) is not None]
+            texts.append(f"{np.nanmean(values):.4f}" if values else "")
+        shown.add_row(str(rows[0]["iteration"]), str(rows[0]["n_subjects"]), *texts)
+    return shown
