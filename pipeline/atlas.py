@@ -157,7 +157,7 @@ class Atlas:
                 outcomes.append(self._collecting(iteration, iteration.run))
                 settled = outcomes[-1].settled(self.config.atlas)
             subjects = [row["subject"] for row in outcomes[-1].rows]
-            self._collecting(iteration, partial(iteration.map_rois, self.study.root, subjects))
+            self._collecting(iteration, partial(iteration.map_rois, subjects))
             self._publish(folder)
         finally:
             self.failures.write()
@@ -165,7 +165,7 @@ class Atlas:
 
     def _iteration(self, folder: IterationFolder) -> Iteration:
         name = self.reference.subject
-        return Iteration(self.config, self.subjects, name, self.study.store, folder, self.executor, self.reporter)
+        return Iteration(self.config, self.subjects, name, self.study, folder, self.executor, self.reporter)
 
     def _collecting(self, iteration: Iteration, work: Callable[[], Result]) -> Result:
         """Do some work of an iteration; what failed in it counts as failed once, however often it did."""

@@ -33,7 +33,6 @@ from pipeline.algorithms.mean_shape import FieldMap
 from pipeline.folder import StudyFolder
 from storage.atomic import named_error, replace_file
 from storage.cohort import subject_key
-from storage.embeddings import EmbeddingStore
 from storage.geometry import Geometry
 from storage.warping import from_analysis, write_image
 
@@ -118,16 +117,18 @@ class IterationFolder:
         """Delete the composed transforms, which a later iteration supersedes."""
         shutil.rmtree(self.root / "composed", ignore_errors=True)
 
-    def link_embeddings(self, store: EmbeddingStore, subjects: Sequence[str]) -> None:
-        """Let the study of this iteration read the subjects' embeddings where the main study has them."""
-        here = self.study.embeddings
-        here.mkdir(parents=True, exist_ok=True)
-        for key in map(subject_key, subjects):
-            link, target = here / key, store.root / key
-            if link.is_symlink() and not target.exists():
-                link.unlink()
-            elif target.exists() and not link.exists():
-                link.symlink_to(os.path.relpath(target, here), target_is_directory=True)
+    def link_subjects(self, study: StudyFolder, subjects: Sequence[str]) -> None:
+        """Let this iteration's study read the subjects' embeddings and ROI tables where the main study has them."""
+        embeddings = (self.study.embeddings, study.embeddings, "")
+        tables = (self.root / "rois", study.root / "rois", ".parquet")
+        for here, there, suffix in (embeddings, tables):
+            here.mkdir(parents=True, exist_ok=True)
+            for name in map(subject_key, subjects):
+                link, target = here / f"{name}{suffix}", there / f"{name}{suffix}"
+                if link.is_symlink() and not target.exists():
+                    link.unlink()
+                elif target.exists() and not link.exists():
+                    link.symlink_to(os.path.relpath(target, here))
 
 
 def write_maps(path: Path, **maps: FieldMap) -> None:

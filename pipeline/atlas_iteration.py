@@ -6,7 +6,6 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,13 +20,13 @@ from pipeline.config import StudyConfig
 from pipeline.dispatch import DISK_FULL, Failure, RayExecutor, SerialExecutor, Task
 from pipeline.errors import StudyError
 from pipeline.failures import FailureLog
+from pipeline.folder import StudyFolder
 from pipeline.progress import Reporter
 from pipeline.stages import atlas_propagate, atlas_shape, atlas_warp
 from pipeline.stages import atlas_rois as rois_stage
 from pipeline.stages.atlas_shape import AtlasUnit, Place, Shape
 from pipeline.study import Study
 from storage.cohort import Cohort, Pair, Subject
-from storage.embeddings import EmbeddingStore
 from storage.geometry import Geometry
 from storage.images import read_image
 from storage.signature import digest
@@ -62,14 +61,14 @@ class Iteration:
 
     Attributes:
         reference: name of the subject that the atlas started from.
-        store: embeddings of the main study.
+        study: the main study.
         failures: of this iteration.
     """
 
     config: StudyConfig
     subjects: tuple[Subject, ...]
     reference: str
-    store: EmbeddingStore
+    study: StudyFolder
     folder: IterationFolder
     executor: RayExecutor | SerialExecutor
     reporter: Reporter
@@ -102,9 +101,9 @@ class Iteration:
             self.folder.before().drop_composed()
         return Outcome(tuple(done), _edge(self.place.grid()))
 
-    def map_rois(self, study: Path, subjects: Sequence[str]) -> None:
+    def map_rois(self, subjects: Sequence[str]) -> None:
         """Carry the cohort ROIs of the study, if it has any, onto the template and write where they lie."""
-        numbers, members = atlas_rois.carried_rois(study)
+        numbers, members = atlas_rois.carried_rois(self.study.root)
         if not numbers:
             return
         by_name = {subject.subject: subject for subject in self.subjects}
@@ -120,7 +119,7 @@ class Iteration:
         study_folder = self.folder.study
         with study_folder.lock():
             study_folder.clear_abandoned()
-            self.folder.link_embeddings(self.store, names)
+            self.folder.link_subjects(self.study, names)
             template_subject = Subject(self.place.template, str(self.folder.before().template))
             cohort = Cohort((*self.subjects, template_subject))
             pairs = [Pair(f"{name}__{self.place.template}", name, self.place.template) for name in names]

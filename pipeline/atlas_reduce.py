@@ -44,7 +44,7 @@ class Agreement:
 
 
 def images(folder: IterationFolder, members: Sequence[int], settings: AtlasConfig) -> tuple[Volume, Volume]:
-    """Average and variance of the warped images, [D, H, W]; NaN and 0 where none has data."""
+    """Average and variance of the warped images, [D, H, W]; NaN and 0 where too few have data."""
     stack = _stack(folder, "images", members)
     made = stack.map_blocks(
         partial(template.average, how=settings.average, trim=settings.trim), drop_axis=0, dtype=np.float32

@@ -15,11 +15,12 @@ Volume = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 Triple = tuple[float, float, float]
 _RANGE = (2.0, 98.0)  # percentiles that count as the darkest and the brightest
+_COVERED = 0.25  # share of the subjects that an average needs
 _DARK = 0.1  # of that range, below which a voxel is background
 
 
 def average(stack: Volume, how: Average, trim: float) -> Volume:
-    """Average over the subjects that have data, NaN where none has: float32 [...].
+    """Average over the subjects that have data, NaN where less than a quarter has: float32 [...].
 
     Args:
         how: `trimmed` leaves out the lowest and the highest `trim` of them, rounded down; `median` all but the middle.
@@ -27,7 +28,7 @@ def average(stack: Volume, how: Average, trim: float) -> Volume:
     count = np.isfinite(stack).sum(axis=0)
     cut = {"mean": np.zeros_like(count), "median": (count - 1) // 2, "trimmed": np.floor(trim * count).astype(int)}[how]
     ordered = stack if how == "mean" else np.sort(stack, axis=0)
-    total, used = np.zeros(count.shape), np.maximum(count - 2 * cut, 0)
+    total, used = np.zeros(count.shape), np.where(count >= max(1, _COVERED * len(stack)), count - 2 * cut, 0)
     for rank, plane in enumerate(ordered):
         kept = np.isfinite(plane) if how == "mean" else (rank >= cut) & (rank < count - cut)
         total += np.where(kept, plane, 0)
