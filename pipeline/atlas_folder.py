@@ -113,6 +113,10 @@ class IterationFolder:
         """Delete `volumes.zarr`."""
         shutil.rmtree(self.root / "volumes.zarr", ignore_errors=True)
 
+    def has_composed(self) -> bool:
+        """Whether the composed transforms are there."""
+        return (self.root / "composed").exists()
+
     def drop_composed(self) -> None:
         """Delete the composed transforms, which a later iteration supersedes."""
         shutil.rmtree(self.root / "composed", ignore_errors=True)

@@ -81,8 +81,11 @@ class Iteration:
             name += "-"
         self.place = Place(self.folder, name, self.config.input)
 
-    def run(self) -> Outcome:
+    def run(self, anew: bool = False) -> Outcome:
         """Do what is not done.
+
+        Args:
+            anew: make everything from the fields again, even if it is done.
 
         Raises:
             StudyError: when fewer than two subjects can be registered.
@@ -91,7 +94,7 @@ class Iteration:
         self._enough(registered)
         key = digest({"fits": fit_keys, "atlas": self._settings(), "reference": self.reference, "version": VERSION})
         done = atlas_tables.read_rows(self.folder, key)
-        if done is None:
+        if done is None or anew:
             shutil.rmtree(self.folder.root / "atlas", ignore_errors=True)
             rows = [{**row, "key": key} for row in self._make(registered)]
             atlas_tables.write_rows(self.folder, rows)

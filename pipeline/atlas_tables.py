@@ -32,14 +32,11 @@ _SHOWN = {
 
 
 def read_rows(folder: IterationFolder, key: str) -> list[dict[str, Any]] | None:
-    """Rows of a finished iteration of this key whose files are there, or None."""
+    """Rows of a finished iteration of this key whose template is there, or None."""
     if not tables.has_part(folder.root, NAME, _PART):
         return None
     rows: list[dict[str, Any]] = tables.read_part(folder.root, NAME, _PART).to_pylist()
-    files = [folder.template, folder.shapes, *(folder.composed("transforms", row["subject"]) for row in rows[:1])]
-    later = IterationFolder(folder.atlas, folder.number + 1, folder.suffix)
-    needed = files[:2] if tables.has_part(later.root, NAME, _PART) else files
-    return rows if rows[0]["key"] == key and all(path.exists() for path in needed) else None
+    return rows if rows[0]["key"] == key and folder.template.exists() else None
 
 
 def write_rows(folder: IterationFolder, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -290,7 +290,7 @@ FAILURES = _schema(
             "stage",
             _TEXT,
             "",
-            "encode, prototypes, match, fit or evaluate; in an atlas also shape, warp, propagate or cohort ROIs",
+            "encode, prototypes, match, fit or evaluate; in an atlas also shape, warp, propagate or cohort_rois",
         ),
         ("unit", _TEXT, "", "id of the unit of work"),
         ("subject", _TEXT, "", "subject, empty for a pair"),

@@ -24,7 +24,7 @@ def task(place: Place, members: Mapping[str, Members]) -> Task:
     Args:
         members: by subject.
     """
-    return Task("cohort ROIs", partial(_build, place, members))
+    return Task("cohort_rois", partial(_build, place, members))
 
 
 def _build(place: Place, members: Mapping[str, Members], device: str) -> Callable[[AtlasUnit], int]:
