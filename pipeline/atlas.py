@@ -225,7 +225,7 @@ class Atlas:
             shutil.rmtree(self.root / name, ignore_errors=True)
             shutil.copytree(last.root / "composed" / name, self.root / name)
         folders = [replace(last, number=number) for number in range(last.number + 1)]
-        atlas_tables.write_atlas(self.root, folders[1:])
+        atlas_tables.write_atlas(self.study.root, folders[1:])
         draw_montage(self.root / "montage.png", folders, self.config.input.slice_axis)
         self._write_record()
 

@@ -212,8 +212,8 @@ class Iteration:
     def _write_labels(self, voters: Sequence[AtlasUnit], labels: Sequence[int], grid: Geometry) -> Array:
         """Write probabilities and the majority; pairwise Dice of the subjects with labels, [N, N]."""
         found = atlas_reduce.agreement(self.folder, [unit.index for unit in voters], labels)
-        for label, probability in zip(labels, found.probability, strict=True):
-            write_volume(probability, grid, self.folder.maps / f"label_{label}_probability.nii.gz")
+        for label, votes in zip(labels, found.votes, strict=True):
+            write_volume(votes / np.float32(len(voters)), grid, self.folder.maps / f"label_{label}_probability.nii.gz")
         write_volume(found.majority, grid, self.folder.maps / "majority.nii.gz")
         for name, volume in (("votes", found.votes), ("majority", found.majority)):
             self.folder.create(name, volume.shape, str(volume.dtype), 0)

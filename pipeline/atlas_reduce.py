@@ -31,13 +31,11 @@ class Agreement:
     """What the labels of all subjects make together.
 
     Attributes:
-        probability: float32 [K, D, H, W], share of the subjects with labels, 0..1.
-        votes: float32 [K, D, H, W], the same times their number.
+        votes: float32 [K, D, H, W], how many of the subjects with labels give a voxel to each.
         majority: int32 [D, H, W], label numbers.
         dice: [N, N] of the subjects with labels, mean over labels.
     """
 
-    probability: Volume
     votes: Volume
     majority: label_votes.Labels
     dice: npt.NDArray[np.float64]
@@ -71,7 +69,7 @@ def mean_left(folder: IterationFolder, members: Sequence[int]) -> Volume:
 
 
 def agreement(folder: IterationFolder, members: Sequence[int], labels: Sequence[int]) -> Agreement:
-    """Probability, majority and pairwise Dice of the labels.
+    """Votes, majority and pairwise Dice of the labels.
 
     Args:
         members: subjects that have labels.
@@ -86,7 +84,7 @@ def agreement(folder: IterationFolder, members: Sequence[int], labels: Sequence[
     total, *found = _compute(shares.sum(axis=0, dtype=np.float32) / np.float32(label_votes.WHOLE), *overlaps)
     votes = np.asarray(total, np.float32)
     majority = label_votes.numbered(label_votes.winner(votes, len(members)), labels)
-    return Agreement(votes / np.float32(len(members)), votes, majority, label_votes.dice_matrix(np.stack(found)))
+    return Agreement(votes, majority, label_votes.dice_matrix(np.stack(found)))
 
 
 def roi_frequency(

@@ -8,14 +8,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.table import Table
 
 from pipeline.algorithms.warp import Array
 from pipeline.atlas_folder import IterationFolder
 from pipeline.stages.atlas_propagate import LONE
 from storage import tables
-from storage.atomic import replace_file
 
 NAME = "atlas"
 _PART = "subjects"
@@ -44,11 +42,10 @@ def write_rows(folder: IterationFolder, rows: Sequence[Mapping[str, Any]]) -> No
     tables.write_part(folder.root, NAME, _PART, tables.table_from_rows(NAME, rows))
 
 
-def write_atlas(root: Path, folders: Sequence[IterationFolder]) -> None:
-    """Write `atlas.parquet`."""
+def write_atlas(study: Path, folders: Sequence[IterationFolder]) -> None:
+    """Write `atlas/atlas.parquet` of a study, which is its table `atlas`."""
     whole = pa.concat_tables([tables.read_part(folder.root, NAME, _PART) for folder in folders])
-    with replace_file(root / "atlas.parquet") as temporary:
-        pq.write_table(whole, temporary, compression="zstd")
+    tables.write_part(study, NAME, NAME, whole)
 
 
 def with_agreement(
