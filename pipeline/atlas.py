@@ -230,7 +230,7 @@ class Atlas:
         self._write_record()
 
     def _write_record(self) -> None:
-        """Write `atlas.yaml`: no paths, no times."""
+        """Write `atlas.yaml`: no times, so that equal atlases have equal records."""
         settings = {name: value for name, value in self.config.resolved().items() if name != "execution"}
         text = yaml.safe_dump(
             {"reference": self.reference.subject, "config": settings, "versions": record.versions()},

@@ -17,7 +17,7 @@ from pipeline.algorithms.mean_shape import inverse_map, mean_map, node_lattice
 from pipeline.algorithms.warp import Array
 from pipeline.atlas_folder import IterationFolder, write_maps, write_volume
 from pipeline.config import StudyConfig
-from pipeline.dispatch import DISK_FULL, Failure, RayExecutor, SerialExecutor, Task
+from pipeline.dispatch import Failure, RayExecutor, SerialExecutor, Task
 from pipeline.errors import StudyError
 from pipeline.failures import FailureLog
 from pipeline.folder import StudyFolder
@@ -242,7 +242,7 @@ class Iteration:
                 advance(1)
                 if not isinstance(outcome, Failure):
                     found[unit.unit] = outcome
-                elif outcome.errno in DISK_FULL:
+                elif outcome.disk_full:
                     raise OSError(outcome.errno, outcome.message)
                 else:
                     self.failures.add_subject(task.name, unit.unit, outcome)
