@@ -10,8 +10,9 @@ processor seconds it prints; the first line is the process with all it imports b
 `template` takes the first subjects of a manifest and makes an atlas with `samreg atlas` (with and without sharpening)
 and with `ants.build_template` (SyN, its defaults, with and without sharpening), each in a process of its own with one
 thread. Sharpness is measured alike, in the foreground of the inner two thirds of each template along every axis, since
-that of ANTs is black where subjects end; labels, of which the mean Dice over pairs of subjects is printed, are carried by each method's own registration to its template. Seconds are those of the processor,
-with encoding and evaluation in ours, and without the last registration, which is for the labels only, in that of ANTs.
+that of ANTs is black where subjects end. Labels, of which the mean Dice over pairs of subjects is printed, are carried
+by each method's own registration to its template. Seconds are those of the processor, with encoding and evaluation in
+ours, and without the last registration, which is for the labels only, in that of ANTs.
 """
 
 from __future__ import annotations
