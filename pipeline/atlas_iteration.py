@@ -98,8 +98,8 @@ class Iteration:
             shutil.rmtree(self.folder.root / "atlas", ignore_errors=True)
             rows = [{**row, "key": key} for row in self._make(registered)]
             atlas_tables.write_rows(self.folder, rows)
-            self.folder.drop_volumes()
             done = rows
+        self.folder.drop_volumes()
         if self.folder.number > 1:
             self.folder.before().drop_composed()
         return Outcome(tuple(done), _edge(self.place.grid()))

@@ -19,8 +19,8 @@ class AtlasConfig:
             subjects at either end.
         trim: share of the subjects, 0 to below 0.5.
         sharpening: how much of what a Gaussian of one voxel takes away is added to the average; 0 leaves it as it is.
-        settled: an iteration whose mean displacement is below this part of the smallest voxel edge may be the last,
-        settled_image: if 1 minus the correlation of its template with that before is below this, too.
+        settled: an iteration is the last if its mean displacement is below this part of the smallest voxel edge
+        settled_image: and 1 minus the correlation of its template with that before is below this.
     """
 
     reference: str = "medoid"
@@ -28,8 +28,8 @@ class AtlasConfig:
     average: Average = "trimmed"
     trim: float = 0.1
     sharpening: float = 0.0
-    settled: float = 0.1
-    settled_image: float = 0.002
+    settled: float = 0.5
+    settled_image: float = 0.005
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
