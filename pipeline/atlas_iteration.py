@@ -93,7 +93,7 @@ class Iteration:
         registered, fit_keys = self._register()
         self._enough(registered)
         key = digest({"fits": fit_keys, "atlas": self._settings(), "reference": self.reference, "version": VERSION})
-        done = atlas_tables.read_rows(self.folder, key)
+        done = atlas_tables.read_rows(self.folder, key, [unit.unit for unit in registered])
         if done is None or anew:
             shutil.rmtree(self.folder.root / "atlas", ignore_errors=True)
             rows = [{**row, "key": key} for row in self._make(registered)]

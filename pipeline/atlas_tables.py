@@ -29,12 +29,17 @@ _SHOWN = {
 }
 
 
-def read_rows(folder: IterationFolder, key: str) -> list[dict[str, Any]] | None:
-    """Rows of a finished iteration of this key whose template is there, or None."""
+def read_rows(folder: IterationFolder, key: str, subjects: Sequence[str]) -> list[dict[str, Any]] | None:
+    """Rows of a finished iteration of this key whose template is there, or None.
+
+    Args:
+        subjects: that are registered; where one of them has no row it failed later, and is tried again.
+    """
     if not tables.has_part(folder.root, NAME, _PART):
         return None
     rows: list[dict[str, Any]] = tables.read_part(folder.root, NAME, _PART).to_pylist()
-    return rows if rows[0]["key"] == key and folder.template.exists() else None
+    whole = rows[0]["key"] == key and [row["subject"] for row in rows] == list(subjects)
+    return rows if whole and folder.template.exists() else None
 
 
 def write_rows(folder: IterationFolder, rows: Sequence[Mapping[str, Any]]) -> None:
