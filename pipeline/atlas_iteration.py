@@ -159,8 +159,8 @@ class Iteration:
             self.folder.create("shares", (everybody, len(labels), *grid.shape), "uint8", 0, everybody)
         units, warped = self._outcomes(atlas_warp.task(self.place, labels), units)
         shared = {"mean_displacement": displacement, **self._write_images(units, grid)}
-        voters = [unit for unit in units if unit.subject.label]
-        dice = self._write_labels(voters, labels, grid) if labels else np.zeros((0, 0))
+        voters = [unit for unit in units if unit.subject.label and labels]
+        dice = self._write_labels(voters, labels, grid) if voters else np.zeros((0, 0))
 
         lone = self._lone(voters, dice)
         task = atlas_propagate.task(self.place, labels, len(voters), lone)

@@ -41,7 +41,7 @@ def task(place: Place, labels: Sequence[int], voters: int, lone: Sequence[Subjec
     """The task of propagating, for `pipeline.dispatch`.
 
     Args:
-        labels: of all subjects; () where none has a label map.
+        labels: of all subjects; () where there is none.
         voters: how many subjects have one.
         lone: subjects whose labels are propagated alone.
     """
@@ -65,7 +65,7 @@ def run_unit(place: Place, labels: Sequence[int], voters: int, lone: Sequence[Lo
     made = read_image(place.folder.template, place.input.slice_axis).array
     image = place.folder.volumes("images")[unit.index]
     row: dict[str, Any] = {"correlation": template.correlation(np.asarray(image), made)}
-    if not unit.subject.label:
+    if not (unit.subject.label and labels):
         return row
     own = np.asarray(place.folder.volumes("shares")[unit.index])
     majority = np.asarray(place.folder.volumes("majority")[:])

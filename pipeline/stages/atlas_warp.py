@@ -75,7 +75,7 @@ def run_unit(place: Place, means: Means, labels: Sequence[int], unit: AtlasUnit)
     logarithm = log_jacobian(ddf, here.spacing_mm).astype(np.float32)
     place.folder.put("images", unit.index, image)
     place.folder.put("log_jacobians", unit.index, logarithm)
-    if unit.subject.label:
+    if unit.subject.label and labels:
         shares = label_shares(read_labels(unit.subject.label, there), labels, indices)
         place.folder.put("shares", unit.index, shares)
     return {
