@@ -205,7 +205,7 @@ class Stopping(Reporter):
 
     @contextmanager
     def stage(self, name: str, total: int, noun: str) -> Iterator[Advance]:
-        def advance(count: int) -> None:
+        def advance(count: int, *_: int) -> None:
             if name == self.last:
                 raise KeyboardInterrupt
 
