@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 
 from pipeline import (
+    cli_atlas,
     cli_cohort,
     cli_demo,
     cli_doctor,
@@ -256,6 +257,7 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 _mount(cli_report.report)
 _mount(cli_submit.submit, settings=cli_submit.PASS_ON)
+_mount(cli_atlas.atlas)
 _mount(cli_sweep.sweep)
 _mount(cli_export.export)
 _mount(cli_export.apply)

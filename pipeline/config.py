@@ -22,6 +22,7 @@ from actors.class_config import LabelsConfig, NetworkConfig
 from actors.component_tree import ComponentTreeConfig
 from actors.input_config import InputConfig
 from actors.sam_variants import VARIANTS
+from pipeline.algorithms.atlas_config import AtlasConfig
 from pipeline.algorithms.evaluate_config import EvaluateConfig
 from pipeline.algorithms.fit_config import FitConfig
 from pipeline.algorithms.matching import MatchConfig
@@ -67,6 +68,8 @@ class StudyConfig(BaseModel):
     """What is measured beside labels and landmarks."""
     pairs: PairsConfig = PairsConfig()
     """Which pairs of the cohort are registered."""
+    atlas: AtlasConfig = AtlasConfig()
+    """How `samreg atlas` makes a template."""
     output: OutputConfig = OutputConfig()
     """What is written beside tables and transforms."""
     execution: ExecutionConfig = ExecutionConfig()

@@ -5,6 +5,7 @@ study/
   rois/ correspondences/ unmatched/ metrics/ failures/ runs/ units/    Parquet; cohort_rois/ after `samreg cohort rois`
   transforms/           one ITK transform per pair; inverses/ and jacobians/ when asked for
   sweeps/               one folder per `samreg sweep`
+  atlas/                after `samreg atlas`, see pipeline/atlas_folder.py
   run.yaml              resolved configuration, versions, digests
   plan.json             the subjects, pairs and keys of the latest run, which `samreg status` compares with, and
                         its manifest, where `samreg report` finds the images

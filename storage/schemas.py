@@ -269,9 +269,60 @@ METRICS = _schema(
     ]
 )
 
+ATLAS = _schema(
+    [
+        ("iteration", _INT, "", "iteration, from 1; all but what is said of a subject is the same in all of its rows"),
+        ("subject", _TEXT, "", "subject that took part"),
+        ("n_subjects", _INT, "", "subjects that took part"),
+        (
+            "mean_displacement",
+            _MEASURE,
+            _DATA_UNIT,
+            "how far the mean shape was from the template before: root mean square over the foreground",
+        ),
+        ("image_change", _MEASURE, "1", "1 minus the correlation of the template with that before"),
+        (
+            "sharpness",
+            _MEASURE,
+            "1/mm (1/px without spacing)",
+            "mean length of the template's gradient over its foreground, its 2nd to 98th percentile being 1",
+        ),
+        (
+            "shape_distance",
+            _MEASURE,
+            _DATA_UNIT,
+            "distance of the shape, without its pose, from the mean shape: root mean square over the foreground",
+        ),
+        ("log_jacobian", _MEASURE, "1", "mean over the template of the natural logarithm of det J of the subject"),
+        ("correlation", _MEASURE, "1", "of the warped subject with the template"),
+        ("dice_pairwise", _MEASURE, "1", "mean Dice with the labels of each other subject, on the template"),
+        ("dice_majority", _MEASURE, "1", "Dice with the majority of all, on the template"),
+        (
+            "dice_propagated",
+            _MEASURE,
+            "1",
+            "Dice in the subject's own image of what the labels of all others say, brought there through the template",
+        ),
+        ("dice_reference", _MEASURE, "1", "the same of the reference's labels alone; in iteration 1 by one direct fit"),
+        ("dice_best_single", _MEASURE, "1", "the same of the labels of `best_single` alone"),
+        (
+            "best_single",
+            _TEXT,
+            "",
+            "subject whose labels alone do best: of the reference and the two with the highest `dice_pairwise`",
+        ),
+        *_KEY,
+    ]
+)
+
 FAILURES = _schema(
     [
-        ("stage", _TEXT, "", "encode, prototypes, match, fit or evaluate"),
+        (
+            "stage",
+            _TEXT,
+            "",
+            "encode, prototypes, match, fit or evaluate; in an atlas also shape, warp, propagate or cohort_rois",
+        ),
         ("unit", _TEXT, "", "id of the unit of work"),
         ("subject", _TEXT, "", "subject, empty for a pair"),
         ("pair", _TEXT, "", "pair id, empty for a subject"),
@@ -325,6 +376,7 @@ SCHEMAS = {
     "cohort_rois": COHORT_ROIS,
     "metrics": METRICS,
     "queries": QUERIES,
+    "atlas": ATLAS,
     "failures": FAILURES,
     "runs": RUNS,
     "units": UNITS,
