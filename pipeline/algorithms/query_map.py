@@ -7,16 +7,16 @@ kernel mean of their residuals bends it locally.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.algorithms.affine import affine_of_moments, sample_draws
+from pipeline.algorithms.affine import consensus_affine, robust_affine
 
 Array = npt.NDArray[np.float64]
 Float = npt.NDArray[np.float32]
 Index = npt.NDArray[np.int64]
-_SAMPLE = 4
-_VOLUME_RATIO = (0.5, 2.0)
 
 
 def mutual_best(score: Float) -> tuple[Index, Array]:
@@ -45,42 +45,22 @@ def consensus_affines(here: Array, there: Array, weight: Array, prior_mm: float,
         trials: samples of four pairs.
 
     Returns:
-        [B, 4, 4], `here` to `there`.
+        [B, 4, 4], `here` to `there`; the identity where there is no partner at all.
     """
-    count, regions = weight.shape
-    share = np.cumsum(weight, axis=1)
-    draws = sample_draws(trials, _SAMPLE, 0).ravel()
-    chosen = np.stack([np.searchsorted(s, draws * s[-1], side="right") for s in share]).clip(max=regions - 1)
-    both = _side_by_side(here, there)
-    products = (weight[..., None] * both[..., :4])[..., None] * both[..., None, :]
-    samples = np.take_along_axis(products, chosen[..., None, None], axis=1)
-    matrices = affine_of_moments(_kept_up(samples.reshape(count, trials, _SAMPLE, 4, 7).sum(axis=2)), prior_mm)
-    error = _carry(matrices, here)[..., 1:] - there[:, None, :, 1:]
-    residual = np.sqrt((error**2).sum(axis=-1))
-    tolerance = 0.06 * float(np.hypot(*np.ptp(here[:, 1:], axis=0))) + 2.0
-    score = (np.maximum(1 - residual / tolerance, 0) * weight[:, None]).sum(axis=-1)
-    volume = np.abs(np.linalg.det(matrices[..., :3, :3]))
-    score[(volume < _VOLUME_RATIO[0]) | (volume > _VOLUME_RATIO[1])] = -1.0
-    best = residual[np.arange(count), score.argmax(axis=1)]
-    inlier = np.where(best < tolerance, weight, 0)
-    few = (inlier > 0).sum(axis=1) < _SAMPLE
-    inlier[few] = weight[few]
-    return robust_affines(here, there, inlier, prior_mm, iterations=1)
+    return _each(lambda x, y, w: consensus_affine(x, y, w, prior_mm, trials), here, there, weight)
 
 
 def robust_affines(here: Array, there: Array, weight: Array, prior_mm: float, iterations: int) -> Array:
     """`pipeline.algorithms.affine.robust_affine` for B subjects; arguments as `consensus_affines`."""
-    both = _side_by_side(here, there)
+    return _each(lambda x, y, w: robust_affine(x, y, w, prior_mm, iterations), here, there, weight)
 
-    def fit(trust: Array) -> Array:
-        moments = np.swapaxes(trust[..., None] * both[..., :4], 1, 2) @ both
-        return affine_of_moments(_kept_up(moments), prior_mm)
 
-    matrices = fit(weight)
-    for _ in range(iterations):
-        square = ((_carry(matrices, here) - there) ** 2).sum(axis=-1)
-        scale = 2.0 * np.sqrt(_middle_of_weighted(square, weight)) + 1e-3
-        matrices = fit(weight / (1.0 + square / scale[:, None] ** 2))
+def _each(fit: Callable[[Array, Array, Array], Array], here: Array, there: Array, weight: Array) -> Array:
+    matrices = np.tile(np.eye(4), (len(weight), 1, 1))
+    for matrix, partners, trust in zip(matrices, there, weight, strict=True):
+        paired = trust > 0
+        if paired.any():
+            matrix[:] = fit(here[paired], partners[paired], trust[paired])
     return matrices
 
 
@@ -112,18 +92,6 @@ def _kernel_mean(kernel: Array, values: Array, weight: Array) -> Array:
 def _carry(matrices: Array, points: Array) -> Array:
     """Points [M, 3] under maps [..., 4, 4]: [..., M, 3]."""
     return np.asarray(points @ np.swapaxes(matrices[..., :3, :3], -1, -2) + matrices[..., None, :3, 3])
-
-
-def _side_by_side(here: Array, there: Array) -> Array:
-    """[B, M, 7]: 1, position here, position there."""
-    ones = np.ones((*there.shape[:-1], 1))
-    return np.concatenate([ones, np.broadcast_to(here, there.shape), there], axis=-1)
-
-
-def _kept_up(moments: Array) -> Array:
-    """Moments with a weight above 0, where a subject has no pair at all."""
-    moments[..., 0, 0] = np.maximum(moments[..., 0, 0], 1e-9)
-    return moments
 
 
 def _middle_of_weighted(values: Array, weight: Array) -> Array:
