@@ -56,7 +56,11 @@ def _run(variables: Mapping[str, str], cohort: Path, out: Path, *more: str) -> s
 def _visible(out: Path) -> set[str]:
     """Files of a study, without the hidden ones, which writers use and the next run clears."""
     found = [path.relative_to(out) for path in out.rglob("*") if path.is_file()]
-    return {str(path) for path in found if path.parts[0] != "runs" and not any(p.startswith(".") for p in path.parts)}
+    return {
+        str(path)
+        for path in found
+        if path.parts[0] not in ("runs", "units") and not any(p.startswith(".") for p in path.parts)
+    }
 
 
 @pytest.mark.ray
