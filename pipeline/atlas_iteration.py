@@ -247,6 +247,7 @@ class Iteration:
                 else:
                     self.failures.add_subject(task.name, unit.unit, outcome)
                     LOG.warning("%s: %s failed: %s", task.name, unit.unit, outcome.message)
+        self.executor.ledger.clear()  # what a study records of its units; these are of none
         good = [unit for unit in units if unit.unit in found]
         self._enough(good)
         return good, [found[unit.unit] for unit in good]
