@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from pipeline.algorithms import bspline, gauss_newton, roi_affine, roi_fields
+from pipeline.algorithms import bspline, gauss_newton, lattices, roi_affine, roi_fields
 from pipeline.algorithms.ddf import fit_ddfs
 from pipeline.algorithms.distance_map import signed_distance
 from pipeline.algorithms.fit_config import FitConfig
@@ -39,7 +39,7 @@ def test_fits_are_the_same_with_torch(
 ) -> None:
     problems = [balls(seed, grid, confidence) for seed in range(2)]
     compiled = fit_ddfs(problems, FitConfig())
-    for module in (bspline, gauss_newton, roi_affine, roi_fields):
+    for module in (bspline, gauss_newton, lattices, roi_affine, roi_fields):
         monkeypatch.setattr(module, "runs_compiled", lambda values: False)
     for ours, other in zip(compiled, fit_ddfs(problems, FitConfig()), strict=True):
         assert np.abs(ours.ddf).max() > 1

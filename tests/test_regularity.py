@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.algorithms import metrics, warp
-from pipeline.algorithms.bspline import Lattices, jacobian
 from pipeline.algorithms.lattice import Lattice
+from pipeline.algorithms.lattices import Lattices, jacobian
 from pipeline.algorithms.regularity import orientation_preserving, smallest_determinant, stays_above, unfolded
 
 

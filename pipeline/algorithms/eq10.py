@@ -12,8 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pipeline.algorithms.bspline import ControlGrid, Lattices, Shape, control_counts
+from pipeline.algorithms.bspline import ControlGrid, control_counts
 from pipeline.algorithms.fit_config import Eq10Config
+from pipeline.algorithms.lattices import Lattices, Shape
 from pipeline.algorithms.roi_fields import Points, RoiFields
 
 _PATIENCE = 15

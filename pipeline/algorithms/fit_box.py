@@ -12,9 +12,9 @@ import numpy.typing as npt
 from torch.nn.functional import pad
 
 from pipeline.algorithms.affine import Affine
-from pipeline.algorithms.bspline import Shape, node_counts
 from pipeline.algorithms.fit_config import Level
 from pipeline.algorithms.lattice import Lattice
+from pipeline.algorithms.lattices import Shape, node_counts
 from pipeline.algorithms.roi_fields import Problem, Roi
 
 _SEEN = 16.0  # h0

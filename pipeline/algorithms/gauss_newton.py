@@ -11,20 +11,11 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
 from pipeline.algorithms import fit_loops
-from pipeline.algorithms.bspline import (
-    ControlGrid,
-    Lattices,
-    Shape,
-    compose,
-    control_counts,
-    jacobian,
-    node_counts,
-    resample,
-    solve,
-)
+from pipeline.algorithms.bspline import ControlGrid, control_counts, solve
 from pipeline.algorithms.compiled import runs_compiled
 from pipeline.algorithms.fit_config import FitConfig, Level
 from pipeline.algorithms.lattice import Lattice
+from pipeline.algorithms.lattices import Lattices, Shape, compose, jacobian, node_counts, resample
 from pipeline.algorithms.regularity import SMALLEST_JACOBIAN, stays_above
 from pipeline.algorithms.roi_affine import affine_map
 from pipeline.algorithms.roi_fields import Points, Problem, RoiFields

@@ -1,4 +1,4 @@
-"""One displacement field on a regular lattice; batches of them are in `pipeline.algorithms.bspline`."""
+"""One displacement field on a regular lattice; batches of them are in `pipeline.algorithms.lattices`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pipeline.algorithms import bspline
-from pipeline.algorithms.bspline import Lattices, Shape, Spacing
+from pipeline.algorithms import lattices
+from pipeline.algorithms.lattices import Lattices, Shape, Spacing
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Lattice:
 
     def resampled(self, onto: Lattice) -> Lattice:
         """The same field on another lattice, linear along each axis."""
-        return replace(onto, values=bspline.resample(self._batch(), onto._batch()).values[0])
+        return replace(onto, values=lattices.resample(self._batch(), onto._batch()).values[0])
 
     def _batch(self) -> Lattices:
         return Lattices(self.values[None], self.step_mm[None])
