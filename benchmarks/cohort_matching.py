@@ -222,7 +222,7 @@ class Probe(Reporter):
             self.samples.append(Sample(done, seconds, overhead, resident))
             print(f"  {done} of {total} pairs", file=sys.stderr)
 
-        def advance(count: int) -> None:
+        def advance(count: int, failed: int = 0, running: int = 0) -> None:
             nonlocal done
             done += count
             while name == "match" and marks and done >= marks[0] * total:

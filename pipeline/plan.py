@@ -124,7 +124,8 @@ def describe_plan(plan: Plan) -> str:
 def _rule(config: StudyConfig) -> Rule:
     """The rule of thumb of this configuration."""
     weight_free = config.segmenter.name not in VARIANTS
-    stride = config.fit.levels[-1].stride if config.fit.levels and config.fit.refine.method == "none" else 1
+    taken = [level.stride for level in config.fit.levels if level.below >= 1]  # the others are for few fits
+    stride = taken[-1] if taken and config.fit.refine.method == "none" else 1
     return Rule(weight_free, stride, pair_factor=1.0 + config.evaluate.pseudo_folds)
 
 

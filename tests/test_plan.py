@@ -84,4 +84,7 @@ def test_a_probe_scales_what_a_few_subjects_took(tmp_path: Path) -> None:
     assert plan.transform_bytes == pytest.approx(_bytes(study.transforms), rel=0.3)
     peaks = tables.read_table(study.root, "units").column("peak_memory_bytes").to_pylist()
     assert plan.worker_bytes == pytest.approx(max(peaks), rel=0.3)
-    assert f"memory    {plan.worker_bytes / 2**20:.0f} MiB a worker" in describe_plan(plan)
+    size = (
+        f"{plan.worker_bytes / 2**30:.1f} GiB" if plan.worker_bytes >= 2**30 else f"{plan.worker_bytes / 2**20:.0f} MiB"
+    )
+    assert f"memory    {size} a worker" in describe_plan(plan)

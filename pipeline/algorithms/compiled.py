@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numba
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MATH = {"contract", "nsz", "arcp", "reassoc"}  # what keeps infinities and NaN as they are
 
