@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +24,12 @@ S3_SETTINGS: dict[str, Any] = {  # botocore tries again after 500, 503, timeouts
     "connect_timeout": 10,
     "read_timeout": 60,
 }
-_UNREACHABLE = ("botocore.", "aiohttp.", "aiobotocore.", "azure.", "google.", "gcsfs.", "fsspec.")
+_CLIENT_ERRORS = {  # of the clients that fsspec's packages use, by module; other errors of theirs are OSErrors
+    "aiohttp": ("ClientError",),
+    "azure.core.exceptions": ("AzureError",),
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+    "gcsfs.retry": ("HttpError",),
+}
 
 
 class ObjectStoreError(OSError):
@@ -170,16 +176,20 @@ def reaching(path: Path, writing: bool = False) -> Iterator[None]:
         raise
     except ImportError as error:
         raise ObjectStoreError(f"{path}: {error}; install the package, for S3 by pip install 'samreg[s3]'") from None
-    except Exception as error:
+    except _client_errors() as error:
         if isinstance(error, FileNotFoundError) and not writing:
             raise FileNotFoundError(errno.ENOENT, "no such object", str(path)) from None
-        if not isinstance(error, OSError) and not type(error).__module__.startswith(_UNREACHABLE):
-            raise
         raise ObjectStoreError(
             f"{path}: {type(error).__name__}: {error}. Look at the bucket's name, the credentials of this node "
             "(environment variables or role), their rights to get, put, list and delete, and the endpoint "
             "(AWS_ENDPOINT_URL); then run the same command again"
         ) from error
+
+
+def _client_errors() -> tuple[type[Exception], ...]:
+    """OSError, and the errors of the clients that have been loaded."""
+    loaded = [(sys.modules[module], kinds) for module, kinds in _CLIENT_ERRORS.items() if module in sys.modules]
+    return (OSError, *(getattr(module, name) for module, kinds in loaded for name in kinds))
 
 
 def _address(path: Path) -> tuple[Any, str]:
