@@ -32,6 +32,7 @@ from pipeline import (
     cli_sweep,
     cli_weights,
 )
+from pipeline.cli_place import parse_place, refuse_urls
 from storage.redaction import RedactingFormatter, redact
 
 if TYPE_CHECKING:
@@ -62,7 +63,9 @@ PairsOption = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")
 ]
-OutOption = Annotated[Path, typer.Option("--out", help="Study folder.")]
+OutOption = Annotated[
+    Path, typer.Option("--out", metavar="PATH|URL", parser=parse_place, help="Study folder, or s3://bucket/study.")
+]
 ExecutorOption = Annotated[str | None, typer.Option("--executor", help="auto, ray or serial.")]
 WorkersOption = Annotated[int | None, typer.Option("--workers", help="Worker processes.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
@@ -135,7 +138,7 @@ def plan(
 
 @app.command()
 def status(
-    study: Annotated[Path, typer.Argument(help="Study folder.")],
+    study: Annotated[Path, typer.Argument(metavar="STUDY", parser=parse_place, help="Study folder or URL.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Count what is done, failed and missing; exit code 1 if anything failed or is missing."""
@@ -208,17 +211,21 @@ def _errors_as_exit_codes(out: Path | None) -> Iterator[None]:
     """Expected errors become one clear line and an exit code; anything else is a bug and keeps its traceback."""
     from actors.sam_variants import CheckpointError, PackageMissingError
     from pipeline.errors import StudyError, UsageError
+    from pipeline.folder import study_root
     from storage.manifest import CohortError
+    from storage.places import ObjectStoreError
     from storage.sources import ImageError
     from storage.tables import TableError
     from storage.transforms import TransformError
 
     try:
+        if out is not None:
+            study_root(out)
         yield
     except KeyboardInterrupt as stop:
         code = TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
         _stop(f"interrupted; what is finished is kept. Run the same command again to go on in {out}", code)
-    except StudyError as error:
+    except (StudyError, ObjectStoreError) as error:
         _stop(str(error), FAILED)
     except (UsageError, CohortError, ImageError, TableError, TransformError) as error:
         _stop(str(error), USAGE)
@@ -237,6 +244,7 @@ def _mount(
     @functools.wraps(command)
     def guarded(*arguments: Any, **options: Any) -> None:
         with _errors_as_exit_codes(options.get("out") or options.get("study")):
+            refuse_urls(command.__name__, options)
             command(*arguments, **options)
 
     to.command(name, context_settings=settings)(guarded)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from pipeline.cli_place import parse_place
+
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
@@ -16,7 +18,10 @@ def doctor(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Study folder to try writing to.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="PATH|URL", parser=parse_place, help="Study folder or URL to try writing to."),
+    ] = None,
     address: Annotated[
         str | None, typer.Option("--address", envvar="RAY_ADDRESS", help="Ray cluster: dashboard, or host:port.")
     ] = None,

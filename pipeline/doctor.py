@@ -21,8 +21,9 @@ from packaging.requirements import Requirement
 from pipeline.config import StudyConfig
 from pipeline.errors import UsageError
 from pipeline.process import own_cores
+from storage.places import ObjectStoreError, names, put_object, read_bytes, remove
 from storage.redaction import redact
-from storage.sources import ImageError, remote_size
+from storage.sources import ImageError, is_remote, remote_size
 
 State: TypeAlias = Literal["ok", "warn", "fail"]
 PYTHONS = ((3, 11), (3, 14))
@@ -47,7 +48,8 @@ def examine(config: StudyConfig, out: Path | None, address: str | None, uris: Se
     checks: list[Callable[[], Check]] = [check_python, check_packages, check_threads, check_memory, check_shm]
     checks += [check_open_files, partial(check_device, config), partial(check_weights, config)]
     if out is not None:
-        checks += [partial(check_space, out), partial(check_writing, out)]
+        local = [partial(check_space, out), partial(check_writing, out)]
+        checks += [partial(check_objects, out)] if is_remote(out) else local
     checks += [partial(check_uri, uri) for uri in uris]
     checks.append(partial(check_cluster, address))
     for check in checks:
@@ -185,6 +187,36 @@ def check_writing(out: Path) -> Check:
     slow = seconds > SLOW_WRITE_SECONDS
     advice = "slow storage: a bigger execution.tile writes fewer files" if slow else ""
     return Check("writing", "warn" if slow else "ok", f"1 MiB written, flushed, renamed in {seconds:.3f} s", advice)
+
+
+def check_objects(out: Path) -> Check:
+    """Write, list, read and delete an object where the study goes, and try to write one only if it is not there."""
+    probe = out / f".doctor.{os.getpid()}"
+    start = time.perf_counter()
+    try:
+        put_object(probe, bytes(2**20))
+        seconds = time.perf_counter() - start
+        if probe.name not in names(out) or len(read_bytes(probe)) != 2**20:
+            return Check(
+                "writing", "fail", f"{probe} cannot be listed or read back whole", "look at the bucket's rights"
+            )
+        guarded = _is_guarded(probe)
+        remove(probe)
+    except ObjectStoreError as error:
+        return Check("writing", "fail", str(error), "see the message; every worker needs the same rights")
+    found = f"1 MiB written in {seconds:.3f} s, listed, read, deleted"
+    if not guarded:
+        advice = "start one driver at a time: of two, the first is told only after some seconds"
+        return Check("writing", "warn", f"{found}; the store ignores If-None-Match", advice)
+    return Check("writing", "ok", found)
+
+
+def _is_guarded(there: Path) -> bool:
+    try:
+        put_object(there, b"", new=True)
+    except FileExistsError:
+        return True
+    return False
 
 
 def check_uri(uri: str) -> Check:

@@ -1,6 +1,6 @@
 """The study folder: where everything lies, what it was made with, and who is writing to it.
 
-study/
+study/                  a folder, or a URL of an object store: s3://bucket/study
   embeddings.zarr       features, ROI masks and prototypes of each subject
   rois/ correspondences/ unmatched/ metrics/ failures/ runs/ units/    Parquet; cohort_rois/ after `samreg cohort rois`
   transforms/           one ITK transform per pair; inverses/ and jacobians/ when asked for
@@ -24,13 +24,32 @@ import yaml
 
 from pipeline.errors import FolderError
 from pipeline.lock import StudyLock, hold
+from pipeline.object_lock import ObjectLock, hold_object
 from storage import tables
 from storage.atomic import clear_abandoned, replace_file
 from storage.cohort import subject_key
 from storage.embeddings import EmbeddingStore
+from storage.places import exists, place, read_bytes
+from storage.redaction import has_credentials, redact
+from storage.sources import is_remote
 
 OUTPUTS = {"transforms": ".h5", "inverses": ".h5", "jacobians": ".nii.gz"}  # files of each pair, by folder
 STAGES = ("encode", "prototypes", "match", "fit")
+
+
+def study_root(out: str | Path) -> Path:
+    """Where a study lies, as an absolute path, or a path over fsspec for a URL.
+
+    Raises:
+        FolderError: for a URL with credentials, which logs would show.
+    """
+    if is_remote(out) and has_credentials(str(out)):
+        raise FolderError(
+            f"{redact(str(out))} holds credentials. Give them by environment variables (AWS_ACCESS_KEY_ID, ...), the "
+            "configuration files of fsspec, or a role of the nodes"
+        )
+    root = place(out)
+    return root if is_remote(root) else root.absolute()
 
 
 @dataclass(frozen=True)
@@ -85,10 +104,10 @@ class StudyFolder:
             FolderError: for a record that cannot be read.
         """
         path = self.root / "run.yaml"
-        if not path.exists():
+        if not exists(path):
             return None
         try:
-            record = yaml.safe_load(path.read_text(encoding="utf-8"))
+            record = yaml.safe_load(read_bytes(path).decode())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise FolderError(f"{path} cannot be read: {error}; use another --out, or --overwrite") from None
         if not isinstance(record, dict):
@@ -103,9 +122,9 @@ class StudyFolder:
     def read_plan(self) -> dict[str, Any] | None:
         """The plan of the latest run, or None."""
         path = self.root / "plan.json"
-        if not path.exists():
+        if not exists(path):
             return None
-        plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        plan: dict[str, Any] = json.loads(read_bytes(path))
         return plan
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
@@ -116,6 +135,6 @@ class StudyFolder:
         with replace_file(self.root / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
-    def lock(self) -> AbstractContextManager[StudyLock]:
-        """Hold the folder for one driver; see `pipeline.lock.hold`."""
-        return hold(self.root)
+    def lock(self) -> AbstractContextManager[StudyLock | ObjectLock]:
+        """Hold the folder for one driver; see `pipeline.lock.hold` and `pipeline.object_lock.hold_object`."""
+        return hold_object(self.root) if is_remote(self.root) else hold(self.root)

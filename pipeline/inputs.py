@@ -12,6 +12,7 @@ from pipeline.dispatch import Failure, attempt
 from storage.atomic import replace_file
 from storage.cohort import Subject
 from storage.images import content_digest
+from storage.places import exists, read_bytes
 
 _RECENT_SECONDS = 2.0
 _DETACHED = (".mhd", ".nhdr", ".hdr", ".img")  # headers whose data lies in another file
@@ -46,9 +47,9 @@ class DigestCache:
         self.path = path
         self._known: dict[str, list[object]] = {}
         self._used: dict[str, list[object]] = {}
-        if path.exists():
+        if exists(path):
             try:
-                self._known = json.loads(path.read_text(encoding="utf-8"))
+                self._known = json.loads(read_bytes(path))
             except ValueError:
                 self._known = {}
 

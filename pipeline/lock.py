@@ -25,7 +25,7 @@ from pipeline.errors import FolderError
 LOG = logging.getLogger("samreg")
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 90.0
-_LOOK_SECONDS = 2.0
+LOOK_SECONDS = 2.0
 _NOT_WRITABLE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST})
 
 
@@ -153,7 +153,7 @@ def _wait_for_beat(root: Path, path: Path, holder: str) -> None:
         LOG.warning("%s was being written by %s; waiting up to %.0f s for it", root, holder, STALE_SECONDS - age)
     end = time.monotonic() + STALE_SECONDS - age
     while time.monotonic() < end:
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(LOOK_SECONDS)
         if _mtime(path) != first:
             raise _held(root, f"{holder}, which lives. Wait for it or end it there")
 

@@ -27,6 +27,7 @@ from storage import tables, warping
 from storage.cohort import Pair, Subject, subject_key
 from storage.geometry import Geometry, from_file_axes
 from storage.images import read_labels, read_on_grid
+from storage.sources import is_remote
 from storage.transforms import read_ddf
 
 if TYPE_CHECKING:
@@ -156,6 +157,8 @@ class OpenStudy:
     """
 
     def __init__(self, root: str | Path) -> None:
+        if is_remote(root):
+            raise UsageError(f"{root}: open_study needs a folder; copy the study first, as by aws s3 sync {root} study")
         self.folder = StudyFolder(Path(root))
         plan = self.folder.read_plan()
         if plan is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from pipeline.keys import PlannedPair
 from pipeline.stages import fit, match
 from storage import tables
 from storage.cohort import Pair
+from storage.places import names, remove
 
 if TYPE_CHECKING:
     from pipeline.study import StageCount, Study
@@ -59,7 +59,7 @@ def _holding(
     folder: StudyFolder, outputs: Sequence[str], planned: Sequence[PlannedPair], unreadable: set[str]
 ) -> set[str]:
     """Pairs whose metrics and files still hold; other rows, and files of other pairs, are removed."""
-    present = {name: set(os.listdir(folder.root / name)) for name in OUTPUTS if (folder.root / name).exists()}
+    present = {name: set(names(folder.root / name)) for name in OUTPUTS}
 
     def has(name: str, pair: str) -> bool:
         return folder.output(name, pair).name in present.get(name, ())
@@ -70,7 +70,7 @@ def _holding(
     for name, files in present.items():
         for file in files - {folder.output(name, pair).name for pair in held}:
             if file.endswith(OUTPUTS[name]):
-                (folder.root / name / file).unlink()
+                remove(folder.root / name / file)
     return held
 
 

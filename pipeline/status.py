@@ -13,6 +13,7 @@ from pipeline.errors import UsageError
 from pipeline.folder import STAGES, StudyFolder
 from storage import tables
 from storage.embeddings import EmbeddingStore
+from storage.places import names
 from storage.signature import digest
 
 
@@ -105,6 +106,7 @@ def _done(
 ) -> dict[str, set[str]]:
     """Units of each stage whose stored key is the planned one."""
     store, absent = EmbeddingStore(folder.embeddings), (None, None)
+    files = {name: set(names(folder.root / name)) for name in outputs}
     matched = (found for name in results.MATCHED for found in results.pair_keys(folder.root, name))
     fitted = results.pair_keys(folder.root, "metrics")
     return {
@@ -116,7 +118,8 @@ def _done(
         "fit": {
             pair
             for pair, key in fitted
-            if pairs.get(pair, absent)[1] == key and all(folder.output(name, pair).exists() for name in outputs)
+            if pairs.get(pair, absent)[1] == key
+            and all(folder.output(name, pair).name in files[name] for name in outputs)
         },
     }
 

@@ -21,7 +21,7 @@ from pipeline.config import StudyConfig
 from pipeline.dispatch import DISK_FULL, Failure, RayExecutor, SerialExecutor, Task, open_executor
 from pipeline.errors import StudyError, UsageError
 from pipeline.failures import FailureLog
-from pipeline.folder import STAGES, StudyFolder
+from pipeline.folder import STAGES, StudyFolder, study_root
 from pipeline.inputs import DigestCache, InputDigests, digest_inputs
 from pipeline.keys import SubjectKeys, plan_pairs, subject_keys
 from pipeline.pair_stages import run_pairs
@@ -87,7 +87,7 @@ def run_study(
     """
     if until not in STAGES:
         raise UsageError(f"until is {until!r}, which is no stage; stages are {', '.join(STAGES)}")
-    folder = StudyFolder(Path(out).absolute())
+    folder = StudyFolder(study_root(out))
     with stopped_by_full_disk(folder), folder.lock() as lock, open_executor(config.execution, lock.check) as executor:
         folder.clear_abandoned()
         study = Study(config, cohort, folder, executor, reporter or Reporter(), until)

@@ -23,6 +23,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from pipeline.errors import UsageError
 from pipeline.pairs import Mode
 from storage.redaction import has_secret, redact
+from storage.sources import is_remote
 
 CODE = ("pipeline", "actors", "storage")
 SENT_CONFIG = "study.yaml"
@@ -57,7 +58,7 @@ def check_paths(paths: Mapping[str, str | None]) -> None:
         SubmitError: for a relative path.
     """
     for option, path in paths.items():
-        if path is not None and not path.startswith("/") and path not in get_args(Mode):
+        if path is not None and not path.startswith("/") and not is_remote(path) and path not in get_args(Mode):
             raise SubmitError(
                 f"{option} {path} is relative; the job runs elsewhere, give an absolute path that every node has"
             )

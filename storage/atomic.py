@@ -6,11 +6,13 @@ import fcntl
 import os
 import re
 import secrets
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from storage.sources import suffix
+from storage.places import put_file
+from storage.sources import is_remote, suffix
 
 _TOKEN_LENGTH = 8
 _LOCK = re.compile(rf"\..+\.[0-9a-f]{{{_TOKEN_LENGTH}}}\.lock")
@@ -21,11 +23,18 @@ def replace_file(path: Path) -> Iterator[Path]:
     """Yield a hidden file beside `path` to write to; it takes the place of `path` on a clean exit.
 
     The hidden file keeps the suffix, because some writers choose their format by it. A lock file beside it is
-    held while its writer lives, so that `clear_abandoned` can tell what a killed one left.
+    held while its writer lives, so that `clear_abandoned` can tell what a killed one left. For an object the file
+    is a local one, uploaded at the end.
 
     Raises:
         OSError: naming `path`, for example when the disk is full; `path` is then as it was before.
     """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="samreg-") as folder:
+            local = Path(folder) / f"object{suffix(path)}"
+            yield local
+            put_file(local, path)
+        return
     name = f".{path.name}.{secrets.token_hex(_TOKEN_LENGTH // 2)}"
     temporary, lock = path.with_name(name + suffix(path)), path.with_name(f"{name}.lock")
     try:
@@ -65,7 +74,7 @@ def is_abandoned(locked_file: Path) -> bool:
 def clear_abandoned(folders: Iterable[Path]) -> None:
     """Delete the hidden files that killed writers left in these folders; call it once, before writing many."""
     for folder in folders:
-        for lock in _locks(folder):
+        for lock in [] if is_remote(folder) else _locks(folder):
             if is_abandoned(lock):
                 name = lock.name.removesuffix(".lock")  # .<name>.<token>
                 ending = suffix(Path(name[1 : -_TOKEN_LENGTH - 1]))

@@ -8,7 +8,8 @@
                          prototypes/ any arrays of the prototype stage, with a signature of their own
 
 A writer works in a folder beside the store and renames it in at the end; the attribute `complete` is
-written last. The store must lie on a file system with rename (not on an object store).
+written last. In an object store the folder is a local one, uploaded at the end: the group's `zarr.json` is the marker,
+deleted before anything is replaced and written last. A prefix without it is absent, and written over.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import fcntl
 import json
 import re
 import secrets
-import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +31,10 @@ import zarr
 
 from storage.atomic import clear_abandoned, is_abandoned, named_error, replace_file
 from storage.cohort import subject_key
-from storage.columns import create_column, read_column
+from storage.columns import create_column, open_array, read_column
 from storage.geometry import Geometry
+from storage.places import exists, names, place, put_folder, read_bytes, remove_tree
+from storage.sources import is_remote
 from storage.subject import SubjectEmbedding, SubjectWriter
 
 __all__ = ["EmbeddingStore", "SubjectEmbedding", "SubjectWriter"]
@@ -40,7 +43,7 @@ LAYOUT_VERSION = 1
 
 
 class EmbeddingStore:
-    """The store at a local folder, say `study/embeddings.zarr`; opening creates nothing.
+    """The store at a folder or URL, say `study/embeddings.zarr`; opening creates nothing.
 
     Args:
         root: the store.
@@ -48,8 +51,8 @@ class EmbeddingStore:
     """
 
     def __init__(self, root: str | Path, pooled: str | Path | None = None) -> None:
-        self.root = Path(root)
-        self._pooled = Path(pooled or root)
+        self.root = place(root)
+        self._pooled = place(pooled or root)
         self._aside = self.root.parent / f".{self.root.name}.wip"
 
     @contextmanager
@@ -104,9 +107,8 @@ class EmbeddingStore:
 
     def subjects(self) -> list[str]:
         """Names of the whole subjects, sorted."""
-        if not self.root.is_dir():
-            return []
-        records = (_complete_attributes(folder) for folder in self.root.iterdir() if folder.is_dir())
+        found = (self.root / name for name in names(self.root) if name != "zarr.json")
+        records = (_complete_attributes(folder) for folder in found)
         return sorted(str(record["subject"]) for record in records if record is not None)
 
     def read(self, subject: str) -> SubjectEmbedding:
@@ -119,19 +121,19 @@ class EmbeddingStore:
         record = self._require(subject)
         kept = record["features"] == "kept"
         roi_slice = read_column(folder / "roi_slice")
-        classes = (folder / "roi_class").exists()
+        classes = exists(folder / "roi_class" / "zarr.json")
         return SubjectEmbedding(
             geometry=Geometry.from_dict(record["geometry"]),
             signature=record["signature"],
             layout=record["layout"],
             extent=(float(record["extent"][0]), float(record["extent"][1])),
-            features=zarr.open_array(folder / "features", mode="r") if kept else None,
+            features=open_array(folder / "features") if kept else None,
             roi_slice=roi_slice,
             quality=read_column(folder / "quality"),
             stability=read_column(folder / "stability"),
             roi_class=read_column(folder / "roi_class") if classes else np.zeros_like(roi_slice),
             mask_shape=(int(record["mask_shape"][0]), int(record["mask_shape"][1])),
-            packed=zarr.open_array(folder / "masks", mode="r"),
+            packed=open_array(folder / "masks"),
         )
 
     def write_prototypes(self, subject: str, signature: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> None:
@@ -151,7 +153,6 @@ class EmbeddingStore:
                 create_column(group, name, values)
             group.attrs.update({"signature": signature, "arrays": list(arrays), "complete": True})
             target = self._prototypes(subject)
-            target.parent.mkdir(parents=True, exist_ok=True)
             self._move_in(folder, target)
 
     def has_features(self, subject: str) -> bool:
@@ -177,7 +178,7 @@ class EmbeddingStore:
 
     def prototype_shape(self, subject: str) -> tuple[int, ...]:
         """[N, C] of the prototypes of a subject that has them; reads no array."""
-        metadata = json.loads((self._prototypes(subject) / "prototypes" / "zarr.json").read_text())
+        metadata = json.loads(read_bytes(self._prototypes(subject) / "prototypes" / "zarr.json"))
         return tuple(metadata["shape"])
 
     def drop_features(self, subject: str) -> None:
@@ -188,14 +189,16 @@ class EmbeddingStore:
         """
         self._require(subject)
         folder = self._folder(subject)
-        metadata = json.loads((folder / "zarr.json").read_text())
+        metadata = json.loads(read_bytes(folder / "zarr.json"))
         metadata["attributes"]["features"] = "dropped"
         with replace_file(folder / "zarr.json") as temporary:
             temporary.write_text(json.dumps(metadata))
-        shutil.rmtree(folder / "features", ignore_errors=True)
+        remove_tree(folder / "features")
 
     def clear_abandoned(self) -> None:
-        """Delete what killed writers left in the store and beside it."""
+        """Delete what killed writers left in the store and beside it; on their machine where that is local."""
+        if is_remote(self.root):
+            return
         if self.root.is_dir():
             clear_abandoned([self.root, *(path for path in self.root.iterdir() if path.is_dir())])
         for lock in self._aside.glob("*.lock"):
@@ -217,13 +220,17 @@ class EmbeddingStore:
         return record
 
     def _ensure_root(self) -> None:
-        if not (self.root / "zarr.json").exists():
+        if not exists(self.root / "zarr.json"):
             with replace_file(self.root / "zarr.json") as temporary:
                 temporary.write_text(json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}))
 
     @contextmanager
     def _folder_aside(self, subject: str) -> Iterator[Path]:
         """A folder of its own to write in, locked while this process lives, gone afterwards in any case."""
+        if is_remote(self.root):
+            with tempfile.TemporaryDirectory(prefix="samreg-") as temporary:
+                yield Path(temporary) / "subject"
+            return
         key = subject_key(subject)
         name = f"{key}-{secrets.token_hex(4)}"
         try:
@@ -237,6 +244,10 @@ class EmbeddingStore:
             _remove_aside(self._aside / f"{name}.lock")
 
     def _move_in(self, folder: Path, target: Path) -> None:
+        if is_remote(target):
+            put_folder(folder, target, last="zarr.json")
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
         old = folder.with_name(f"{folder.name}.old")
         for _ in range(8):
             if target.exists():
@@ -246,7 +257,7 @@ class EmbeddingStore:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
-                shutil.rmtree(old, ignore_errors=True)  # another process moved in between; its work is replaced
+                remove_tree(old)  # another process moved in between; its work is replaced
             else:
                 return
         raise OSError(errno.EBUSY, "other processes keep writing the same subject", str(target))
@@ -254,14 +265,14 @@ class EmbeddingStore:
 
 def _remove_aside(lock: Path) -> None:
     folder = lock.with_suffix("")
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(folder.with_name(f"{folder.name}.old"), ignore_errors=True)
+    remove_tree(folder)
+    remove_tree(folder.with_name(f"{folder.name}.old"))
     lock.unlink(missing_ok=True)
 
 
 def _complete_attributes(folder: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads((folder / "zarr.json").read_text())["attributes"]
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, KeyError):
+        record = json.loads(read_bytes(folder / "zarr.json"))["attributes"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
         return None
     return record if record.get("complete") is True else None

@@ -6,6 +6,7 @@ or pair, which may be called anything, it is `storage.cohort.subject_key` of the
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.atomic import replace_file
+from storage.places import ObjectStoreError, exists, names, place, read_bytes, remove
 from storage.schemas import CORRESPONDENCES, FAILURES, METRICS, ROIS, RUNS, SCHEMA_VERSION, SCHEMAS, UNMATCHED
+from storage.sources import is_remote
 
 __all__ = [
     "CORRESPONDENCES",
@@ -81,7 +84,7 @@ def write_part(root: str | Path, table_name: str, part: str, table: pa.Table) ->
         cast = table.select(schema.names).cast(schema).replace_schema_metadata(schema.metadata)
     except (pa.ArrowInvalid, ValueError) as error:
         raise TableError(f"table {table_name!r}, part {part!r}: {error}") from None
-    path = _part_path(Path(root), table_name, part)
+    path = _part_path(place(root), table_name, part)
     repeated = [field.name for field in schema if field.type != pa.float32()]  # a score is hardly ever seen twice
     with replace_file(path) as temporary:
         pq.write_table(cast, temporary, compression="zstd", store_schema=True, use_dictionary=repeated)
@@ -95,7 +98,7 @@ def read_part(root: str | Path, table_name: str, part: str, columns: Sequence[st
         FileNotFoundError: when it does not exist.
         TableError: when it is truncated or of another schema version.
     """
-    return _read(_part_path(Path(root), table_name, part), table_name, columns)
+    return _read(_part_path(place(root), table_name, part), table_name, columns)
 
 
 def read_table(root: str | Path, table_name: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -104,7 +107,7 @@ def read_table(root: str | Path, table_name: str, columns: Sequence[str] | None 
     Raises:
         TableError: naming the part that is truncated or of another schema version.
     """
-    folder = Path(root) / table_name
+    folder = place(root) / table_name
     parts = [_read(folder / f"{name}.parquet", table_name, columns) for name in part_names(root, table_name)]
     if parts:
         return pa.concat_tables(parts)
@@ -115,17 +118,18 @@ def read_table(root: str | Path, table_name: str, columns: Sequence[str] | None 
 def part_names(root: str | Path, table_name: str) -> list[str]:
     """Names of the finished parts of a table, sorted."""
     _schema(table_name)
-    return sorted(p.stem for p in (Path(root) / table_name).glob("*.parquet") if _PART.fullmatch(p.stem))
+    stems = (n.removesuffix(".parquet") for n in names(place(root) / table_name) if n.endswith(".parquet"))
+    return sorted(stem for stem in stems if _PART.fullmatch(stem))
 
 
 def has_part(root: str | Path, table_name: str, part: str) -> bool:
     """Whether a part is there, without listing the others."""
-    return _part_path(Path(root), table_name, part).exists()
+    return exists(_part_path(place(root), table_name, part))
 
 
 def remove_part(root: str | Path, table_name: str, part: str) -> None:
     """Delete a part; one that does not exist is no error."""
-    _part_path(Path(root), table_name, part).unlink(missing_ok=True)
+    remove(_part_path(place(root), table_name, part))
 
 
 def describe(name: str) -> list[tuple[str, str, str, str]]:
@@ -156,10 +160,10 @@ def _part_path(root: Path, table_name: str, part: str) -> Path:
 
 def _read(path: Path, table_name: str, columns: Sequence[str] | None) -> pa.Table:
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(io.BytesIO(read_bytes(path)) if is_remote(path) else path)
         schema, table = file.schema_arrow, file.read(columns)
     except (pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, ObjectStoreError | FileNotFoundError) or getattr(error, "errno", None) is not None:
             raise
         raise TableError(f"{path}: truncated or damaged Parquet file; delete it and run again") from error
     found = (schema.metadata or {}).get(b"schema_version", b"none").decode()

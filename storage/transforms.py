@@ -26,6 +26,8 @@ from scipy import ndimage
 
 from storage.atomic import replace_file
 from storage.geometry import Affine, Geometry, Triple
+from storage.places import ObjectStoreError, exists, place, read_bytes
+from storage.sources import is_remote
 
 Array = npt.NDArray[np.float64]
 
@@ -201,7 +203,7 @@ def write_transform(
         ValueError: for a suffix other than .h5, and as make_transform.
         OSError: naming the file, with the system's errno, for example when the disk is full.
     """
-    target = Path(path)
+    target = place(path)
     if target.suffix != ".h5":
         raise ValueError(f"{target}: transforms are written as .h5")
     content = encode(make_transform(affine, values, step_mm, geometry, moving), signature)
@@ -216,12 +218,12 @@ def read_transform(path: str | Path) -> Transform:
         FileNotFoundError: when it does not exist.
         TransformError: when it is truncated, or was not written by write_transform.
     """
-    if not Path(path).exists():
+    if not exists(place(path)):
         raise FileNotFoundError(f"{path}: no such transform")
     try:
-        with h5py.File(path, "r", locking=False) as file:
+        with _open(path) as file:
             return _decode(file)
-    except PermissionError:
+    except (PermissionError, ObjectStoreError):
         raise
     except (OSError, KeyError, ValueError):
         raise TransformError(f"{path}: not a transform that samreg wrote, or a truncated or damaged one") from None
@@ -243,13 +245,18 @@ def read_ddf(path: str | Path, geometry: Geometry, moving: Geometry | None = Non
 def transform_signature(path: str | Path) -> dict[str, Any] | None:
     """Signature of a transform, None when there is none that is whole; the field is not read."""
     try:
-        with h5py.File(path, "r", locking=False) as file:
+        with _open(path) as file:
             signature: dict[str, Any] = json.loads(file[_SIGNATURE][()])
-    except PermissionError:
+    except (PermissionError, ObjectStoreError):
         raise
     except (OSError, KeyError):
         return None
     return signature
+
+
+def _open(path: str | Path) -> h5py.File:
+    source = io.BytesIO(read_bytes(place(path))) if is_remote(path) else path
+    return h5py.File(source, "r", locking=False)
 
 
 def encode(transform: Transform, signature: dict[str, Any]) -> bytes:

@@ -24,7 +24,7 @@ ELSEWHERE = "process 12 on elsewhere 0123456789abcdef"
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
     monkeypatch.setattr(lock, "STALE_SECONDS", 0.6)
-    monkeypatch.setattr(lock, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "LOOK_SECONDS", 0.05)
 
 
 def _left(root: Path, age: float = 0.0) -> Path:
