@@ -54,9 +54,7 @@ NETWORK = "torchscript"
 METHODS = {
     **{name: Method(f"{_ITK}:{name}") for name in ("identity", "centre", "moments", "affine", "bspline", "demons")},
     "ants-syn": Method(f"{_TOOLS}:ants_syn", "antspyx", get="pip install 'samreg[baselines]'"),
-    "elastix": Method(
-        f"{_TOOLS}:elastix", "itk-elastix", "itk.elxParameterObjectPython", get="pip install itk-elastix"
-    ),
+    "elastix": Method(f"{_TOOLS}:elastix", "itk-elastix", get="pip install itk-elastix"),
     "niftyreg": Method(
         f"{_TOOLS}:niftyreg",
         commands=("reg_aladin", "reg_f3d", "reg_transform"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,8 @@ def grid(shape: tuple[int, int, int], direction: tuple[float, ...], origin: tupl
 
 
 def blobs(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    noise = ndimage.gaussian_filter(
-        np.random.default_rng(seed).normal(size=shape), [0 if n == 1 else 2.5 for n in shape]
-    )
+    noise = np.random.default_rng(seed).normal(size=shape)
+    noise = ndimage.gaussian_filter(noise, [0 if n == 1 else 2.5 for n in shape])
     scaled = (noise - noise.min()) / np.ptp(noise) * 255
     return np.asarray(scaled, dtype=np.float32)
 
@@ -205,6 +205,14 @@ def test_what_cannot_run_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="--network FILE"):
         choose(["torchscript"])
     assert "niftyreg" not in [found.name for found in choose(["all"])]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    yield
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
 
 
 @pytest.fixture
