@@ -36,7 +36,8 @@ def provenance() -> dict[str, str]:
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=REPO, capture_output=True, text=True, check=True).stdout.strip()
 
-    changed = " with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+    computing = ("storage", "actors", "pipeline", "configs")
+    changed = " with changes" if git("status", "--porcelain", "--", *computing) else ""
     return {
         "machine": f"{_processor()}, {own_cores()} cores, load {os.getloadavg()[0]:.0f}",
         "commit": git("rev-parse", "--short=10", "HEAD") + changed,
