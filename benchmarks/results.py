@@ -23,6 +23,7 @@ from pipeline.baselines import run_baselines
 from pipeline.process import own_cores
 from pipeline.sweep import run_sweep
 from pipeline.sweep_grid import read_grid
+from storage import tables
 
 REPO = Path(__file__).resolve().parents[1]
 SETTINGS = ("preset=recommended", "fit.refine.method=demons", "execution.executor=serial")
@@ -52,24 +53,31 @@ def _processor() -> str:
     return named[0] if named else platform.processor()
 
 
-def remember(folder: Path, what: str) -> None:
-    """Add the provenance of something under a data set's folder."""
+def remember(folder: Path, what: str, anew: bool = True) -> None:
+    """Note the provenance of something under a data set's folder, if it was measured anew or has none yet."""
     path = folder / "provenance.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if what in known and not anew:
+        return
     path.write_text(json.dumps({**known, what: provenance()}, indent=1), encoding="utf-8")
 
 
 def run_data_set(name: str, data: Path, out: Path, pairs: int, methods: list[str]) -> None:
-    """The study of a data set, then its baselines, of which a new row brings a new provenance."""
+    """The study of a data set, then its baselines."""
     folder, rows = accuracy.groups(data)[name]
     target = out / accuracy.slug(name)
+    before = _measured(target)
     accuracy.run_group(folder, rows[:pairs], target, list(SETTINGS))
-    remember(target, "samreg")
+    remember(target, "samreg", anew=_measured(target) != before)
     for method in methods:
         summary = run_baselines(target / "study", choose([method]), execution=SERIAL)
-        if summary.done:
-            remember(target, method)
+        remember(target, method, anew=bool(summary.done))
         print(f"{name}: {method} {dict(summary.done)}, {summary.n_failures} failures", flush=True)
+
+
+def _measured(target: Path) -> list[str]:
+    """Keys of the pairs of a study that are done."""
+    return sorted(set(tables.read_table(target / "study", "metrics", ["key"]).column("key").to_pylist()))
 
 
 def run_ablations(data: Path, out: Path, pairs: int) -> None:

@@ -25,6 +25,7 @@ from storage.geometry import center_alignment
 
 _LEVELS = (4, 2, 1)
 _SEED = 1
+_GRADIENT_VOXELS = 4  # along each axis, which ITK's filter of gradients needs; without it, differences are taken
 _BINS, _SAMPLED = 32, 0.2
 _CONTROL = 8  # B-spline control point spacing, in voxels of the finest axis
 
@@ -60,7 +61,7 @@ def bspline(images: PairImages) -> Registered:
     ]
     spline = sitk.BSplineTransformInitializer(fixed, mesh)
     for factor in _LEVELS:
-        method = _registration()
+        method = _registration(images)
         method.SetMovingInitialTransform(first)
         method.SetInitialTransform(spline, inPlace=True)
         method.SetOptimizerAsLBFGSB(gradientConvergenceTolerance=1e-5, numberOfIterations=30)
@@ -88,7 +89,7 @@ def _by_moments(images: PairImages) -> sitk.Transform:
 def _affine(images: PairImages) -> sitk.Transform:
     found = _by_moments(images)
     for factor in _LEVELS:
-        method = _registration()
+        method = _registration(images)
         method.SetInitialTransform(found, inPlace=True)
         method.SetOptimizerAsRegularStepGradientDescent(
             learningRate=1.0, minStep=1e-3, numberOfIterations=100, gradientMagnitudeTolerance=1e-6
@@ -98,12 +99,15 @@ def _affine(images: PairImages) -> sitk.Transform:
     return found
 
 
-def _registration() -> sitk.ImageRegistrationMethod:
+def _registration(images: PairImages) -> sitk.ImageRegistrationMethod:
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(_BINS)
     method.SetMetricSamplingStrategy(method.RANDOM)
     method.SetMetricSamplingPercentage(_SAMPLED, _SEED)
     method.SetInterpolator(sitk.sitkLinear)
+    if min(size for image in images.itk for size in image.GetSize()) < _GRADIENT_VOXELS:
+        method.MetricUseFixedImageGradientFilterOff()
+        method.MetricUseMovingImageGradientFilterOff()
     return method
 
 

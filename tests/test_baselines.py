@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,15 @@ def test_a_shift_is_found(name: str, shape: tuple[int, int, int]) -> None:
     off = warp.warp_points(points, found.ddf, images.here.spacing_mm) - points - images.moving_to_fixed[:3, 3]
     assert np.linalg.norm(off, axis=1).mean() < (0.05 if name in ("centre", "moments") else 0.3)
     assert found.affine is not None
+
+
+@pytest.mark.parametrize("name", ["affine", "bspline"])
+def test_two_slices_are_a_volume(name: str) -> None:
+    images = shifted_pair((2, 48, 40))
+    flat = PairImages(images.fixed, images.moving, images.here, replace(images.there, origin_mm=(1.5, -3.0, 0.0)))
+    points = landmarks(flat)
+    off = warp.warp_points(points, getattr(baseline_itk, name)(flat).ddf, flat.here.spacing_mm) - points
+    np.testing.assert_allclose(off[:, 1:].mean(axis=0), (-3.0, 1.5), atol=0.3)
 
 
 def test_no_registration_is_no_displacement() -> None:
