@@ -13,6 +13,7 @@ import yaml
 from matplotlib.figure import Figure
 from scipy.stats import wilcoxon
 
+from pipeline.baseline_methods import METHODS
 from pipeline.baseline_table import method_rows
 from storage import tables
 
@@ -49,8 +50,8 @@ Table 1 of the paper, cardiac (ACDC, ES to ED), Dice in %, as quoted:
 | 9.93±2.21 | 60.10±3.95 | 78.97±2.42 | 80.28±3.67 | 78.66±3.71 | 77.52±3.75 | 78.23±3.67 | 79.11±3.62 |
 
 These are not comparable with the numbers above, because they come from other images (up to 150 exams, of which two
-are here), another segmenter (SAM's weights are not here) and a Dice that is not defined alike: NiftyReg's 9.93 % is far
-below what the same kind of pairs have here with no registration at all.
+are here), another segmenter (SAM's weights are not here) and, it seems, another way to measure: NiftyReg's 9.93 % is
+far below what pairs of this kind have here without any registration.
 """
 
 
@@ -86,9 +87,7 @@ def _methods(study: Path) -> dict[str, dict[str, Row]]:
         rows[method] = {
             pair: {"dice": row[f"dice{ending}"], "hd95_mm": row.get(f"hd95_mm{ending}")} for pair, row in own.items()
         }
-    return {
-        method: rows[method] for method in (*FIRST, *(name for name in rows if name not in FIRST)) if method in rows
-    }
+    return {method: rows[method] for method in (*FIRST, *METHODS) if method in rows}
 
 
 def _dice(rows: Mapping[str, Row], pairs: Iterable[str]) -> np.ndarray:
@@ -169,6 +168,7 @@ def _per_label(study: Path) -> str:
     for row in others:
         if row["dice"] is not None:
             cells.setdefault(row["method"], {}).setdefault(row["label"], []).append(row["dice"])
+    cells = {method: cells[method] for method in (*FIRST, *METHODS) if method in cells}
     labels = sorted({label for found in cells.values() for label in found} - {0})
     lines = ["| Dice of label | " + " | ".join(cells) + " |", "|---|" + "---|" * len(cells)]
     for label in labels:
