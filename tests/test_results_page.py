@@ -26,7 +26,7 @@ def page(tmp_path: Path) -> str:
     (tmp_path / "provenance.json").write_text(json.dumps({"samreg": RUN, "identity": RUN}))
     target = tmp_path / "RESULTS.md"
     names = {"hearts": tmp_path, "lungs": tmp_path / "nowhere"}
-    results_page.write(target, tmp_path / "figures", names, ["hearts"], {"niftyreg": "not found on PATH"})
+    results_page.write(target, tmp_path / "figures", names, ["hearts"], {"niftyreg": "not found on PATH"}, {})
     assert (tmp_path / "figures" / "results_dice.png").stat().st_size > 1000
     return target.read_text()
 
