@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,11 @@ def subject_name(path: str) -> str:
     return path.replace("/", "_").removesuffix(".nii.gz").removesuffix(".png")
 
 
+def slug(group: str) -> str:
+    """Folder of a group."""
+    return "_".join(re.findall("[A-Za-z0-9]+", group))
+
+
 def run_group(folder: Path, rows: list[tuple[str, Row]], out: Path, overrides: list[str]) -> list[dict[str, float]]:
     """Register the pairs of a group; the mean-over-labels metrics row of each."""
     out.mkdir(parents=True, exist_ok=True)
@@ -119,7 +125,7 @@ def print_landmarks(options: argparse.Namespace) -> None:
     print("\n| data | pairs | unit | before | affine | **ours** | worst | refined |")
     print("|---|" + "---|" * 7)
     for name, (folder, rows) in landmark_groups(options.data).items():
-        found = run_landmarks(folder, rows, options.out / subject_name(name.replace(" ", "_")), options.settings)
+        found = run_landmarks(folder, rows, options.out / slug(name), options.settings)
         unit = "mm" if found[0]["landmark_tre_mm"] is not None else "vox"
         values = {
             ending: [row[f"landmark_tre_{unit}{ending}"] for row in found]
@@ -143,7 +149,7 @@ def main() -> None:
     print("| data |", " | ".join(header), "|")
     print("|---|" + "---|" * len(header))
     for name, (folder, rows) in groups(options.data).items():
-        found = run_group(folder, rows, options.out / subject_name(name.replace(" ", "_")), options.settings)
+        found = run_group(folder, rows, options.out / slug(name), options.settings)
         column: dict[str, list[float]] = defaultdict(list)
         for row in found:
             for key in ("dice_before", "dice_centered", "dice_affine", "dice", "fold_fraction", "seconds_fit"):

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from pipeline import (
     cli_atlas,
+    cli_baseline,
     cli_cohort,
     cli_demo,
     cli_doctor,
@@ -266,6 +267,7 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 _mount(cli_report.report)
 _mount(cli_submit.submit, settings=cli_submit.PASS_ON)
 _mount(cli_atlas.atlas)
+_mount(cli_baseline.baseline)
 _mount(cli_sweep.sweep)
 _mount(cli_export.export)
 _mount(cli_export.apply)

@@ -11,6 +11,7 @@ from storage import tables
 
 _MEANING = {
     "metrics": "one row per pair and label",
+    "baseline_metrics": "in `baselines/` after `samreg baseline`, one row per method, pair and label",
     "correspondences": "one row per matched ROI pair",
     "unmatched": "one row per pair in which no ROI pair was found",
     "rois": "one row per ROI of a subject",

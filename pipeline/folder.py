@@ -5,6 +5,7 @@ study/                  a folder, or a URL of an object store: s3://bucket/study
   rois/ correspondences/ unmatched/ metrics/ failures/ runs/ units/    Parquet; cohort_rois/ after `samreg cohort rois`
   transforms/           one ITK transform per pair; inverses/ and jacobians/ when asked for
   sweeps/               one folder per `samreg sweep`
+  baselines/            after `samreg baseline`, see pipeline/baselines.py
   atlas/                after `samreg atlas`, see pipeline/atlas_folder.py
   run.yaml              resolved configuration, versions, digests
   plan.json             the subjects, pairs and keys of the latest run, which `samreg status` compares with, and

@@ -269,6 +269,38 @@ METRICS = _schema(
     ]
 )
 
+_ONLY_OURS = (
+    "pseudo_",
+    "n_",
+    "roi_",
+    "fold_fraction_rois",
+    "jacobian_min",
+    "inverse_",
+    "fallback",
+    "flag",
+    "seconds_",
+    "key",
+)
+BASELINE_METRICS = _schema(
+    [
+        ("method", _TEXT, "", "baseline"),
+        *(
+            (field.name, field.type, field.metadata[b"unit"].decode(), field.metadata[b"description"].decode())
+            for field in METRICS
+            if not field.name.startswith(_ONLY_OURS) and not field.name.endswith("_refined")
+        ),
+        ("seconds", _MEASURE, "s", "wall time of the registration alone, without reading and evaluating"),
+        ("processor_seconds", _MEASURE, "s", "processor time of the same, that of programs it calls included"),
+        (
+            "peak_memory_bytes",
+            pa.int64(),
+            "byte",
+            "largest resident memory of the process while it read, registered and evaluated; not of programs it calls",
+        ),
+        *_KEY,
+    ]
+)
+
 ATLAS = _schema(
     [
         ("iteration", _INT, "", "iteration, from 1; all but what is said of a subject is the same in all of its rows"),
@@ -375,6 +407,7 @@ SCHEMAS = {
     "unmatched": UNMATCHED,
     "cohort_rois": COHORT_ROIS,
     "metrics": METRICS,
+    "baseline_metrics": BASELINE_METRICS,
     "queries": QUERIES,
     "atlas": ATLAS,
     "failures": FAILURES,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,6 @@ from pipeline.algorithms.roi_overlap import near_rois, roi_dice
 from storage.geometry import Geometry, center_alignment, moving_to_fixed
 
 if TYPE_CHECKING:
-    from pipeline.algorithms.ddf import FitResult
     from pipeline.algorithms.roi_fields import RoiPair
 
 Row = dict[str, Any]
@@ -26,6 +25,16 @@ Field = npt.NDArray[np.float32]
 Fields = dict[str, Field]  # by the ending of their columns
 Places = dict[str, warp.Array]  # where the fields carry each fixed voxel, moving voxels; by the same endings
 WORSE_THAN_AFFINE = 0.05
+
+
+class Registration(Protocol):
+    """What is evaluated: a field [3, D, H, W] mm and its affine part, 4x4 in fixed-local mm."""
+
+    @property
+    def ddf(self) -> Field: ...
+
+    @property
+    def affine(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Reference:
 def evaluate(
     fixed: Reference,
     moving: Reference,
-    fit: FitResult,
+    fit: Registration,
     refined: Field | None = None,
     rois: Sequence[RoiPair] = (),
 ) -> list[Row]:
@@ -72,7 +81,7 @@ def evaluate(
     return [{**row, **shared} for row in [mean, *rows]]
 
 
-def _label_rows(fixed: Reference, moving: Reference, fit: FitResult, places: Places) -> list[Row]:
+def _label_rows(fixed: Reference, moving: Reference, fit: Registration, places: Places) -> list[Row]:
     assert fixed.labels is not None
     assert moving.labels is not None
     values = sorted((set(np.unique(fixed.labels)) | set(np.unique(moving.labels))) - {0})
@@ -100,7 +109,7 @@ def _label_rows(fixed: Reference, moving: Reference, fit: FitResult, places: Pla
 
 
 def _moved_labels(
-    fixed: Reference, moving: Reference, fit: FitResult, indices: warp.Array | None, ending: str
+    fixed: Reference, moving: Reference, fit: Registration, indices: warp.Array | None, ending: str
 ) -> npt.NDArray[np.int32]:
     """Moving labels on the fixed grid under a field, or under the affine map of that ending."""
     assert moving.labels is not None
@@ -122,7 +131,7 @@ def _mean_row(rows: list[Row]) -> Row:
     return {"label": 0, **{name: float(np.mean(values)) for name, values in means.items() if values}}
 
 
-def _landmark_columns(fixed: Reference, moving: Reference, fit: FitResult, fields: Fields) -> Row:
+def _landmark_columns(fixed: Reference, moving: Reference, fit: Registration, fields: Fields) -> Row:
     """Mean landmark distances; a fixed landmark is carried into the moving image by the pull-back field."""
     if fixed.landmarks is None or moving.landmarks is None:
         return {}
