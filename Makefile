@@ -23,7 +23,7 @@ demo: $(VENV)/.installed
 	$(BIN)/samreg demo --out $(DEMO)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
