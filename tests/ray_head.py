@@ -89,4 +89,4 @@ def _wait_until_it_answers(address: str, process: subprocess.Popen[bytes], log: 
             time.sleep(0.3)
         else:
             return
-    raise RuntimeError(f"the head did not start: {log.read_text()}")
+    raise RuntimeError(f"the head did not start: {log.read_text(encoding='utf-8')}")

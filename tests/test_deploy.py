@@ -38,7 +38,7 @@ def test_submit_sh_is_samreg_submit_of_this_checkout(tmp_path: Path) -> None:
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 7, done.stderr
-    sent = (tmp_path / "arguments").read_text().splitlines()
+    sent = (tmp_path / "arguments").read_text(encoding="utf-8").splitlines()
     assert sent == [str(REPO), "-m", "pipeline.cli", "submit", "configs/cardiac.yaml", "--cohort", "/d/c d.csv"]
 
 
@@ -59,7 +59,7 @@ def _instructions(text: str) -> list[tuple[str, str]]:
     return [(line.split()[0], line.split(None, 1)[1]) for line in joined.splitlines() if line.strip()]
 
 
-DOCKERFILE = _instructions((REPO / "deploy/Dockerfile").read_text())
+DOCKERFILE = _instructions((REPO / "deploy/Dockerfile").read_text(encoding="utf-8"))
 
 
 def _target(name: str) -> list[tuple[str, str]]:
@@ -90,17 +90,17 @@ def test_images_are_pinned_and_run_as_a_user(target: str) -> None:
 
 
 def test_what_the_image_copies_exists_and_passes_the_ignore_file() -> None:
-    allowed = (REPO / "deploy/Dockerfile.dockerignore").read_text().splitlines()
+    allowed = (REPO / "deploy/Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
     assert "*" in allowed
     copies = [argument for instruction, argument in DOCKERFILE if instruction == "COPY" and "--from" not in argument]
     sources = {name for argument in copies for name in argument.split()[:-1]}
     assert {f"!{name}" for name in sources} == {line for line in allowed if line.startswith("!")}
     assert all((REPO / name).exists() for name in sources)
-    packages = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    packages = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     assert {name.split(".")[0] for name in packages} <= sources
 
 
-RAYJOB = yaml.safe_load((REPO / "deploy/rayjob.yaml").read_text())
+RAYJOB = yaml.safe_load((REPO / "deploy/rayjob.yaml").read_text(encoding="utf-8"))
 CLUSTER = RAYJOB["spec"]["rayClusterSpec"]
 GROUPS = {group["groupName"]: group for group in CLUSTER["workerGroupSpecs"]}
 GIB = {"encode": 2.4, "match-fit": 1.0}  # of a worker, measured
@@ -136,7 +136,7 @@ def test_the_ray_job_asks_for_what_its_workers_take() -> None:
 def test_the_ray_job_is_whole() -> None:
     assert (RAYJOB["apiVersion"], RAYJOB["kind"]) == ("ray.io/v1", "RayJob")
     assert CLUSTER["enableInTreeAutoscaling"] is True
-    assert f"ray=={CLUSTER['rayVersion']}" in (REPO / "constraints.txt").read_text().splitlines()
+    assert f"ray=={CLUSTER['rayVersion']}" in (REPO / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert CLUSTER["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     assert GROUPS["encode"]["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
     for group in (CLUSTER["headGroupSpec"], *GROUPS.values()):
@@ -154,8 +154,8 @@ def test_the_ray_job_is_whole() -> None:
 
 
 def test_the_cluster_file_fits_rays_schema() -> None:
-    described = yaml.safe_load((REPO / "deploy/cluster.yaml").read_text())
-    schema = json.loads((Path(ray_autoscaler.__file__).parent / "ray-schema.json").read_text())
+    described = yaml.safe_load((REPO / "deploy/cluster.yaml").read_text(encoding="utf-8"))
+    schema = json.loads((Path(ray_autoscaler.__file__).parent / "ray-schema.json").read_text(encoding="utf-8"))
     jsonschema.validate(described, schema)
     assert described["head_node_type"] in described["available_node_types"]
     assert described["available_node_types"]["head"]["resources"]["CPU"] == 0
@@ -209,7 +209,7 @@ def test_the_slurm_script_stops_in_time_and_goes_on(tmp_path: Path) -> None:
             log = job.communicate(timeout=120)[1]
         assert job.returncode == 143, log
         assert "samreg: interrupted; what is finished is kept" in log
-        assert (commands / "requeued").read_text().split() == [str(os.getpid())]
+        assert (commands / "requeued").read_text(encoding="utf-8").split() == [str(os.getpid())]
         again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert again.returncode == 0, again.stderr
     assert phantoms.samreg("run", "--cohort", cohort, "--out", calm, *arguments[4:]).returncode == 0

@@ -121,7 +121,7 @@ def _follow(head: ray_head.Head, job: str) -> int:
     """Exit code of a job by the function that `submit` follows it with, in an authenticated process."""
     code = "import sys; from pipeline import submit; c = submit.connect(sys.argv[1]); print(submit.follow(c, sys.argv[2], sys.stderr.write).code)"  # noqa: E501
     command = [sys.executable, "-c", code, head.address, job]
-    return int(subprocess.run(command, env=head.environment, capture_output=True, text=True, check=True).stdout)
+    return int(subprocess.run(command, env=head.environment, capture_output=True, encoding="utf-8", check=True).stdout)
 
 
 def _driver(out: Path) -> int | None:
@@ -142,7 +142,7 @@ def test_a_killed_driver_is_told_from_a_failure_and_can_be_taken_up(head: ray_he
     cohort = phantoms.write_cohort(tmp_path / "data", ("a", "b", "c", "d"))
     out, calm = tmp_path / "study", tmp_path / "calm"
     command = phantoms.command("submit", "--python", sys.executable, "--address", head.address, *_quick(cohort, out))
-    with subprocess.Popen(command, env=head.environment, stderr=subprocess.PIPE, text=True) as following:
+    with subprocess.Popen(command, env=head.environment, stderr=subprocess.PIPE, encoding="utf-8") as following:
         while not list(out.glob("embeddings.zarr/*/zarr.json")):
             assert following.poll() is None
             time.sleep(0.02)
