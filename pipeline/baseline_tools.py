@@ -52,7 +52,9 @@ def elastix(images: PairImages) -> Registered:
         parameters.AddParameterMap(parameters.GetDefaultParameterMap(name))
     parameters.SetParameter("RandomSeed", str(_SEED))
     _, found = itk.elastix_registration_method(fixed, moving, parameter_object=parameters)
-    return Registered(ddf_of_vectors(itk.array_from_image(itk.transformix_deformation_field(moving, found))))
+    with TemporaryDirectory() as folder:  # where transformix also writes the field, else into the working folder
+        field = itk.transformix_deformation_field(moving, found, output_directory=folder)
+        return Registered(ddf_of_vectors(itk.array_from_image(field)))
 
 
 def niftyreg(images: PairImages) -> Registered:
