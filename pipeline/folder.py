@@ -24,8 +24,9 @@ from typing import Any
 import yaml
 
 from pipeline.errors import FolderError
-from pipeline.lock import StudyLock, hold
-from pipeline.object_lock import ObjectLock, hold_object
+from pipeline.heartbeat import Heartbeat
+from pipeline.lock import hold
+from pipeline.object_lock import hold_object
 from storage import tables
 from storage.atomic import clear_abandoned, replace_file
 from storage.cohort import subject_key
@@ -136,6 +137,6 @@ class StudyFolder:
         with replace_file(self.root / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
-    def lock(self) -> AbstractContextManager[StudyLock | ObjectLock]:
+    def lock(self) -> AbstractContextManager[Heartbeat]:
         """Hold the folder for one driver; see `pipeline.lock.hold` and `pipeline.object_lock.hold_object`."""
         return hold_object(self.root) if is_remote(self.root) else hold(self.root)

@@ -13,89 +13,25 @@ import logging
 import os
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipeline import heartbeat
 from pipeline.errors import FolderError
+from pipeline.heartbeat import Heartbeat, held_by, own_name
+from pipeline.heartbeat import holder as shown
 
 LOG = logging.getLogger("samreg")
-BEAT_SECONDS = 10.0
-STALE_SECONDS = 90.0
-LOOK_SECONDS = 2.0
 _NOT_WRITABLE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST})
 
 
-@dataclass
-class StudyLock:
-    """The lock of a study while it is held.
-
-    Attributes:
-        path: the lock file.
-        descriptor: of the file, under the kernel's lock.
-        text: what we wrote into it; whoever reads something else has been taken over.
-    """
-
-    path: Path
-    descriptor: int
-    text: str
-    _lost: str = ""
-    _stop: threading.Event = field(default_factory=threading.Event)
-
-    def check(self) -> None:
-        """Call between units.
-
-        Raises:
-            FolderError: when another driver has taken over, as after this machine was cut off for long.
-        """
-        if self._lost:
-            raise FolderError(f"{self.path.parent} {self._lost}; this run stops. What it finished is kept")
-
-    @contextmanager
-    def beating(self) -> Iterator[None]:
-        """Beat in the background."""
-        thread = threading.Thread(target=self._beat, name="samreg-lock", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            self._stop.set()
-            thread.join()
-            if self._is_ours():
-                os.ftruncate(self.descriptor, 0)
-
-    def _beat(self) -> None:
-        last = time.monotonic()
-        while not self._stop.wait(BEAT_SECONDS):
-            try:
-                if not self._is_ours():
-                    self._lost = f"was taken over by {_holder(self.path) or 'another driver'}"
-                    return
-                os.utime(self.descriptor)
-                last = time.monotonic()
-            except OSError as error:
-                if time.monotonic() - last > STALE_SECONDS:
-                    self._lost = f"has been out of reach for {STALE_SECONDS:g} s ({error}) and may be taken over"
-                    return
-
-    def _is_ours(self) -> bool:
-        """Whether the file is still the one we locked, with what we wrote."""
-        try:
-            if os.stat(self.path).st_ino != os.fstat(self.descriptor).st_ino:
-                return False
-        except FileNotFoundError:
-            return False
-        return _read(self.descriptor) == self.text
-
-
 @contextmanager
-def hold(root: Path) -> Iterator[StudyLock]:
+def hold(root: Path) -> Iterator[Heartbeat]:
     """Hold a study folder for this driver, creating it.
 
-    A holder elsewhere that does not beat is waited for, up to STALE_SECONDS, and then taken over.
+    A holder elsewhere that does not beat is waited for, up to `heartbeat.STALE_SECONDS`, and then taken over.
 
     Raises:
         FolderError: naming host and process of another living driver, or why the folder cannot be written.
@@ -103,14 +39,35 @@ def hold(root: Path) -> Iterator[StudyLock]:
     path = root / ".lock"
     descriptor = _claim(root, path)
     try:
-        text = f"process {os.getpid()} on {socket.gethostname()} {secrets.token_hex(8)}"
+        text = own_name()
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, text.encode(), 0)
-        lock = StudyLock(path, descriptor, text)
-        with lock.beating():
-            yield lock
+        beat = Heartbeat(root, lambda: _renew(path, descriptor, text))
+        try:
+            with beat.beating():
+                yield beat
+        finally:
+            if _is_ours(path, descriptor, text):
+                os.ftruncate(descriptor, 0)
     finally:
         os.close(descriptor)
+
+
+def _renew(path: Path, descriptor: int, text: str) -> str | None:
+    if not _is_ours(path, descriptor, text):
+        return _holder(path)
+    os.utime(descriptor)
+    return None
+
+
+def _is_ours(path: Path, descriptor: int, text: str) -> bool:
+    """Whether the file is still the one we locked, with what we wrote."""
+    try:
+        if os.stat(path).st_ino != os.fstat(descriptor).st_ino:
+            return False
+    except FileNotFoundError:
+        return False
+    return _read(descriptor) == text
 
 
 def _claim(root: Path, path: Path) -> int:
@@ -118,11 +75,11 @@ def _claim(root: Path, path: Path) -> int:
     while True:
         descriptor, ours = _open(root, path), False
         try:
-            holder = _shown(_read(descriptor))
+            holder = shown(_read(descriptor))
             free = _lock(descriptor)
             elsewhere = bool(holder) and not holder.endswith(f" on {socket.gethostname()}")
             if not free and not elsewhere:
-                raise _held(root, f"{holder or 'another process'}. Wait for it or end it")
+                raise held_by(root, f"{holder or 'another process'}. Wait for it or end it")
             if free and not elsewhere:
                 ours = True
                 return descriptor
@@ -137,10 +94,6 @@ def _claim(root: Path, path: Path) -> int:
                 os.close(descriptor)
 
 
-def _held(root: Path, by: str) -> FolderError:
-    return FolderError(f"{root} is being written by {by}; the same command goes on from there")
-
-
 def _wait_for_beat(root: Path, path: Path, holder: str) -> None:
     """Return when a holder on another machine is dead.
 
@@ -148,14 +101,14 @@ def _wait_for_beat(root: Path, path: Path, holder: str) -> None:
         FolderError: as soon as it beats.
     """
     first = _mtime(path)
-    age = max(0.0, _now(root) - first)
-    if age < STALE_SECONDS:
-        LOG.warning("%s was being written by %s; waiting up to %.0f s for it", root, holder, STALE_SECONDS - age)
-    end = time.monotonic() + STALE_SECONDS - age
+    wait = heartbeat.STALE_SECONDS - max(0.0, _now(root) - first)
+    if wait > 0:
+        LOG.warning("%s was being written by %s; waiting up to %.0f s for it", root, holder, wait)
+    end = time.monotonic() + wait
     while time.monotonic() < end:
-        time.sleep(LOOK_SECONDS)
+        time.sleep(heartbeat.LOOK_SECONDS)
         if _mtime(path) != first:
-            raise _held(root, f"{holder}, which lives. Wait for it or end it there")
+            raise held_by(root, f"{holder}, which lives. Wait for it or end it there")
 
 
 def _open(root: Path, path: Path) -> int:
@@ -200,9 +153,4 @@ def _read(descriptor: int) -> str:
 
 
 def _holder(path: Path) -> str:
-    return _shown(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else ""
-
-
-def _shown(text: str) -> str:
-    """Process and host without the token that follows them."""
-    return " ".join(text.split()[:4])
+    return shown(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else ""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import lock
+from pipeline import heartbeat
 from pipeline.errors import FolderError
 from pipeline.lock import hold
 from tests.phantoms import environment
@@ -22,9 +22,9 @@ ELSEWHERE = "process 12 on elsewhere 0123456789abcdef"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(lock, "STALE_SECONDS", 0.6)
-    monkeypatch.setattr(lock, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(heartbeat, "STALE_SECONDS", 0.6)
+    monkeypatch.setattr(heartbeat, "LOOK_SECONDS", 0.05)
 
 
 def _left(root: Path, age: float = 0.0) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import lock
+from pipeline import heartbeat
 from pipeline.cli import app
 from pipeline.config import make_config
 from pipeline.doctor import check_objects
@@ -141,9 +141,9 @@ def test_a_subject_whose_marker_was_not_written_is_absent_and_done_again(
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(lock, "STALE_SECONDS", 2.0)
-    monkeypatch.setattr(lock, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(heartbeat, "STALE_SECONDS", 2.0)
+    monkeypatch.setattr(heartbeat, "LOOK_SECONDS", 0.1)
 
 
 @pytest.mark.usefixtures("quick")
