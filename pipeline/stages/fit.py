@@ -303,7 +303,8 @@ def _write(
 def _flag(mean: Row, result: FitResult, in_fit: bool, inverted: Inverted | None) -> str:
     """What to look at: a fallback, a final Dice behind the affine one, labels that were fitted to, a damped field."""
     flags = [] if result.fallback == "none" else [f"fallback_{result.fallback}"]
-    if mean.get("dice") is not None and mean["dice"] < mean["dice_affine"] - WORSE_THAN_AFFINE:
+    final = mean.get("dice_refined", mean.get("dice"))
+    if final is not None and final < mean["dice_affine"] - WORSE_THAN_AFFINE:
         flags.append("worse_than_affine")
     if in_fit:
         flags.append("labels_in_fit")
