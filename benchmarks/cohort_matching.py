@@ -7,11 +7,8 @@ Processor milliseconds a pair are split in one process into the bare float32 mat
 matrices, matching with its own product, and the rest of the stage; beside them what driver and workers took in the run
 from the first tile on, and Ray's own processes, which cost by the hour and not by the pair.
 
-Each subject is a store entry as the prototype stage leaves it: prototypes, slices, moments and geometry. Features,
-masks and ROI rows, which matching never reads, are left out; the "image" is a file with the subject's name, which the
-run only digests. Subjects are noisy copies of one anatomy, a part of whose ROIs each replaces by its own, with the
-statistics of M&Ms hearts under the default segmenter. The run is `samreg run --until match` on a folder whose
-embeddings are done: everything but encoding is the real thing.
+The run is `samreg run --until match` on a folder whose embeddings are done (`synthetic_cohort.py`): everything but
+encoding is the real thing.
 """
 
 from __future__ import annotations
@@ -35,115 +32,25 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from actors.build import segmenter_signature
+from benchmarks.synthetic_cohort import write_cohort
 from pipeline.algorithms.matching import Matches
 from pipeline.algorithms.staged import Staged
 from pipeline.config import StudyConfig, load_config
-from pipeline.folder import StudyFolder
 from pipeline.in_step import in_step
-from pipeline.inputs import DigestCache, InputDigests, digest_inputs
-from pipeline.keys import PlannedPair, subject_keys
+from pipeline.keys import PlannedPair
 from pipeline.process import own_peak_memory
 from pipeline.progress import Advance, Reporter
 from pipeline.stages import match as stage
 from pipeline.stages.roi_sets import SubjectRois, read_rois
 from pipeline.study import run_study
 from storage import tables
-from storage.cohort import Cohort, Pair, Subject
+from storage.cohort import Cohort, Pair
 from storage.embeddings import EmbeddingStore
-from storage.geometry import Geometry
 
-SPACING_MM = (10.0, 1.25, 1.25)
-IN_PLANE = (256, 256)
-SHARED = 0.5  # norm of the mean prototype of real ROIs
-SPECTRUM = 0.86 ** np.arange(60)  # variance of real prototypes along their principal axes, near enough
-COMMON, KINSHIP, STEADY = 0.45, 0.88, 0.97  # share of ROIs from the anatomy; correlation with it; from slice to slice
-PLACE_MM, SPREAD_MM = 6.0, 60.0
-RADIUS_MM, RADIUS_LOG_SD = 15.0, 0.7
 MARKS = (0.1, 0.5, 1.0)
-HEADER = (
-    "| subjects | ROIs each | pairs | matches a pair | product ms | matching ms | rest ms | in the run ms | Ray ms "
-    "| run s | driver CPU s | worker MiB at 10, 50, 100 % | driver MiB | written MB | bytes a match |"
-)
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """ROIs of one slice stack: latent [D, R, L], place [D, R, 2] mm, log radius [D, R]."""
-
-    latent: npt.NDArray[np.float64]
-    place: npt.NDArray[np.float64]
-    radius: npt.NDArray[np.float64]
-
-
-def random_anatomy(rng: np.random.Generator, slices: int, rois: int) -> Anatomy:
-    """Structures that change slowly from slice to slice."""
-    latent = rng.normal(size=(slices, rois, len(SPECTRUM)))
-    place, radius = rng.normal(size=(slices, rois, 2)), rng.normal(size=(slices, rois))
-    for z in range(1, slices):
-        for values in (latent, place, radius):
-            values[z] = STEADY * values[z - 1] + np.sqrt(1 - STEADY**2) * values[z]
-    return Anatomy(latent, 160 + SPREAD_MM * place, np.log(RADIUS_MM) + RADIUS_LOG_SD * radius)
-
-
-def subject_arrays(
-    rng: np.random.Generator, atlas: Anatomy, axes: npt.NDArray[np.float64], mean: npt.NDArray[np.float64]
-) -> dict[str, npt.NDArray[np.generic]]:
-    """What the prototype stage writes of one subject."""
-    slices, rois = atlas.radius.shape
-    own = random_anatomy(rng, slices, rois)
-    common = rng.random((slices, rois)) < COMMON
-    kin = KINSHIP * atlas.latent + np.sqrt(1 - KINSHIP**2) * rng.normal(size=atlas.latent.shape)
-    moved = atlas.place * rng.normal(1, 0.05, 2) + rng.normal(0, 8, 2) + rng.normal(0, PLACE_MM, atlas.place.shape)
-    latent = np.where(common[..., None], kin, own.latent) * np.sqrt(SPECTRUM / SPECTRUM.sum() * (1 - SHARED**2))
-    place = np.where(common[..., None], moved, own.place).reshape(-1, 2)
-    radius = np.exp(np.where(common, atlas.radius + rng.normal(0, 0.1, common.shape), own.radius)).ravel()
-    prototypes = mean + latent.reshape(-1, len(SPECTRUM)) @ axes
-    prototypes /= np.linalg.norm(prototypes, axis=1, keepdims=True)
-    z = np.repeat(np.arange(slices), rois)
-    stretch = rng.uniform(0.5, 2, radius.shape)
-    return {
-        "prototypes": prototypes.astype(np.float32),
-        "roi": np.arange(slices * rois, dtype=np.int32),
-        "slice": z.astype(np.int32),
-        "track": np.tile(np.arange(rois, dtype=np.int32), slices),
-        "centroid_mm": np.column_stack([z * SPACING_MM[0], place]),
-        "area_mm2": np.pi * radius**2,
-        "covariance_mm2": np.column_stack([stretch, np.zeros_like(radius), 1 / stretch]) * radius[:, None] ** 2 / 4,
-    }
-
-
-def write_cohort(config: StudyConfig, out: Path, subjects: int, slices: int, rois: int, channels: int) -> Cohort:
-    """A cohort whose embeddings and prototypes are done, in `out/study`."""
-    folder, store = StudyFolder(out / "study"), EmbeddingStore(out / "study" / "embeddings.zarr")
-    images = out / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    found = [Subject(f"s{number:05d}", str(images / f"s{number:05d}.txt")) for number in range(subjects)]
-    for subject in found:
-        Path(subject.image).write_text(subject.subject)
-    folder.root.mkdir(exist_ok=True)
-    rng = np.random.default_rng(0)
-    atlas = random_anatomy(rng, slices, rois)
-    basis = np.linalg.qr(rng.normal(size=(channels, len(SPECTRUM) + 1)))[0].T
-    geometry = Geometry((slices, *IN_PLANE), SPACING_MM, (0.0, 0.0, 0.0))
-    segmenter = segmenter_signature(config.segmenter)
-    nothing = (np.zeros((1, 1, 1)), np.zeros((0, *IN_PLANE), bool), np.zeros(0), np.zeros(0))
-    digests = digest_inputs(found, DigestCache(folder.root / ".digests.json"))
-    for number, (name, digest) in enumerate(digests.items()):
-        assert isinstance(digest, InputDigests)
-        keys = subject_keys(config, segmenter, digest)
-        extent = (float(IN_PLANE[0]), float(IN_PLANE[1]))
-        with store.writer(name, keys.encode_signature, geometry, {"blocks": []}, extent, IN_PLANE) as writer:
-            for z in range(slices):
-                writer.add_slice(z, *nothing)
-        arrays = subject_arrays(np.random.default_rng([1, number]), atlas, basis[1:], SHARED * basis[0])
-        store.write_prototypes(name, keys.prototypes_signature, arrays)
-        tables.write_part(folder.root, "rois", name, tables.table_from_rows("rois", []))
-    return Cohort(tuple(found))
 
 
 def choose_pairs(cohort: Cohort, tile: int, sample: int | None) -> list[Pair]:
@@ -284,15 +191,22 @@ def split_ms(study: Path, config: StudyConfig, pairs: list[Pair]) -> tuple[float
     return bare, matching, rest
 
 
-def measure(options: argparse.Namespace, subjects: int, rois: int) -> str:
-    """One row of the table."""
-    out = options.out / f"{subjects}x{options.slices}x{rois}x{options.channels}"
-    execution = [f"execution.executor={options.executor}", f"execution.workers={options.workers}"]
-    config = load_config(None, [*execution, *options.settings])
+def measure(
+    out: Path,
+    subjects: int,
+    rois: int,
+    *,
+    slices: int = 24,
+    channels: int = 153,
+    sample: int | None = None,
+    settings: tuple[str, ...] = ("execution.executor=ray", "execution.workers=2"),
+) -> dict[str, str]:
+    """One row of the table; the contents of `out` are replaced, `rois` are per slice."""
+    config = load_config(None, settings)
     shutil.rmtree(out, ignore_errors=True)
     print(f"writing {subjects} subjects", file=sys.stderr)
-    cohort = write_cohort(config, out, subjects, options.slices, rois, options.channels)
-    pairs = choose_pairs(cohort, config.execution.tile, options.sample_pairs)
+    cohort = write_cohort(config, out, subjects, slices, rois, channels)
+    pairs = choose_pairs(cohort, config.execution.tile, sample)
     probe, begun, used = Probe(), time.perf_counter(), time.process_time()
     summary = run_study(config, cohort, out / "study", pairs, until="match", reporter=probe)
     seconds, used = time.perf_counter() - begun, time.process_time() - used
@@ -307,16 +221,29 @@ def measure(options: argparse.Namespace, subjects: int, rois: int) -> str:
     start, first, *marks = probe.samples
     since = first if first.pairs < len(pairs) else start
     timed = len(pairs) - since.pairs
-    each, ray = (
-        1e3 * (now - before) / timed
-        for now, before in ((marks[-1].seconds, since.seconds), (marks[-1].overhead, since.overhead))
-    )
-    memory = ", ".join(f"{mark.resident / 2**20:.0f}" for mark in marks)
-    return (
-        f"| {subjects} | {options.slices * rois} | {len(pairs)} | {matches / len(pairs):.0f} | {product:.2f} "
-        f"| {matching:.2f} | {rest:.2f} | {each:.2f} | {ray:.2f} | {seconds:.0f} | {used:.0f} | {memory} "
-        f"| {peak / 2**20:.0f} | {size / 1e6:.0f} | {size / max(1, matches):.1f} |"
-    )
+    return {
+        "subjects": f"{subjects}",
+        "ROIs each": f"{slices * rois}",
+        "pairs": f"{len(pairs)}",
+        "matches a pair": f"{matches / len(pairs):.0f}",
+        "product ms": f"{product:.2f}",
+        "matching ms": f"{matching:.2f}",
+        "rest ms": f"{rest:.2f}",
+        "in the run ms": f"{1e3 * (marks[-1].seconds - since.seconds) / timed:.2f}",
+        "Ray ms": f"{1e3 * (marks[-1].overhead - since.overhead) / timed:.2f}",
+        "run s": f"{seconds:.0f}",
+        "driver CPU s": f"{used:.0f}",
+        "worker MiB at 10, 50, 100 %": ", ".join(f"{mark.resident / 2**20:.0f}" for mark in marks),
+        "driver MiB": f"{peak / 2**20:.0f}",
+        "written MB": f"{size / 1e6:.0f}",
+        "bytes a match": f"{size / max(1, matches):.1f}",
+    }
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """A table of rows with the same columns."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace(" --- ", "---")
 
 
 def main() -> None:
@@ -331,9 +258,17 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True, help="scratch folder; its contents are replaced")
     parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE")
-    options = parser.parse_args()
-    rows = [measure(options, subjects, rois) for subjects in options.subjects for rois in options.rois]
-    print(HEADER, "|" + "---|" * (HEADER.count("|") - 1), *rows, sep="\n")
+    given = parser.parse_args()
+    settings = (f"execution.executor={given.executor}", f"execution.workers={given.workers}", *given.settings)
+    size = {"slices": given.slices, "channels": given.channels, "sample": given.sample_pairs}
+    rows = [
+        measure(
+            given.out / f"{subjects}x{given.slices}x{rois}x{given.channels}", subjects, rois, settings=settings, **size
+        )
+        for subjects in given.subjects
+        for rois in given.rois
+    ]
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

@@ -28,12 +28,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import cohort_matching
 import numpy as np
 import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.synthetic_cohort import write_cohort
 from pipeline.algorithms.metrics import dice
 from pipeline.algorithms.query import QueryConfig
 from pipeline.config import load_config
@@ -155,7 +155,7 @@ def synthetic(subjects: int, out: Path) -> Path:
     if not (out / "study" / "run.yaml").exists():
         shutil.rmtree(out, ignore_errors=True)
         config = load_config(None, ["execution.executor=serial"])
-        cohort = cohort_matching.write_cohort(config, out, subjects, 24, 30, 153)
+        cohort = write_cohort(config, out, subjects, 24, 30, 153)
         run_study(config, cohort, out / "study", until="prototypes")
     return out / "study"
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+import provenance
+import results_ablations
+import results_scaling
 import yaml
 from matplotlib.figure import Figure
 from scipy.stats import wilcoxon
@@ -21,6 +23,7 @@ Row = Mapping[str, Any]
 OURS, REFINED, SYN = "samreg", "samreg refined", "ants-syn"
 FIRST = ("before", "samreg affine", OURS, REFINED)
 EXPECTED = ("identity", "centre", "moments", "affine", "bspline", "demons", SYN)
+POINTED = ("before", "samreg affine", OURS, REFINED, "affine", SYN)
 MIB = 2**20
 
 INTRODUCTION = """# Results
@@ -64,11 +67,13 @@ def write(
     ablated: Sequence[str],
     absent: Mapping[str, str],
     elsewhere: Mapping[str, float],
+    landmarks: Mapping[str, Path],
+    scaling: Path,
 ) -> None:
     """Write the page and its figures.
 
     Args:
-        names: folder of each data set.
+        names: folder of each data set with labels; `landmarks` of each with points, `scaling` of the cost of matching.
         ablated: data sets with sweeps.
         absent: why baselines cannot run here.
         elsewhere: Dice of ANTs SyN by pair that came with the data.
@@ -82,8 +87,10 @@ def write(
     for name, methods in found.items():
         parts += [f"## {name}\n", _source(names[name]), _summary(names[name] / "study", methods)]
         parts += [_per_label(names[name] / "study"), _against_syn(methods, elsewhere)]
-    parts += [PAPER, *_ablations({name: names[name] for name in ablated})]
-    parts.append(_not_run(names, found, ablated, absent))
+    ablations = {name: names[name] for name in ablated}
+    parts += [*_landmarks(landmarks), PAPER, *results_ablations.text(ablations)]
+    parts += results_scaling.text(scaling, figures)
+    parts.append(_not_run(names, found, absent, results_ablations.missing(ablations)))
     page.write_text("\n".join(part for part in parts if part), encoding="utf-8")
 
 
@@ -106,9 +113,9 @@ def _source(folder: Path) -> str:
     """Which machine, commit, configuration and day the numbers are of."""
     digest = yaml.safe_load((folder / "study/run.yaml").read_text(encoding="utf-8"))["digests"]["config"]
     by_run: dict[str, list[str]] = {}
-    for what, run in json.loads((folder / "provenance.json").read_text(encoding="utf-8")).items():
+    for what, run in provenance.remembered(folder).items():
         if not what.startswith("table"):
-            by_run.setdefault(f"commit {run['commit']}, {run['date'][:10]}, {run['machine']}", []).append(what)
+            by_run.setdefault(provenance.shown(run), []).append(what)
     lines = [f"{', '.join(whats)}: {run}" for run, whats in by_run.items()]
     return f"Configuration {digest[:12]}. " + ". ".join(lines) + ".\n"
 
@@ -143,14 +150,15 @@ def _cost(study: Path, method: str, rows: Mapping[str, Row]) -> tuple[str, str]:
     if method != REFINED:
         peaks = [row["peak_memory_bytes"] for row in rows.values() if row.get("peak_memory_bytes")]
         return _mean(rows, "processor_seconds", ".2f"), f"{max(peaks) / MIB:.0f}" if peaks else "–"
-    latest = {
-        (row["stage"], row["unit"]): row for row in tables.read_table(study, "units").to_pylist() if not row["failed"]
-    }
-    seconds: dict[str, float] = {}
-    for (stage, _), row in latest.items():
-        seconds[stage] = seconds.get(stage, 0.0) + row["processor_seconds"]
-    of_pairs = seconds.get("match", 0.0) + seconds.get("fit", 0.0)
-    peak = max(row["peak_memory_bytes"] or 0 for row in latest.values())
+    runs = tables.read_table(study, "runs").to_pylist()
+    present = {run["run"] for run in runs if run["config_digest"] == runs[-1]["config_digest"]}
+    units = [row for row in tables.read_table(study, "units").to_pylist() if row["run"] in present]
+    seconds: Counter[str] = Counter()
+    for row in units:
+        if not row["failed"]:
+            seconds[row["stage"]] += row["processor_seconds"]
+    of_pairs = seconds["match"] + seconds["fit"]
+    peak = max(row["peak_memory_bytes"] or 0 for row in units)
     return f"{of_pairs / len(rows):.2f} ({sum(seconds.values()) / len(rows):.2f})", f"{peak / MIB:.0f}"
 
 
@@ -215,36 +223,32 @@ def _against(elsewhere: Mapping[str, float], best: Mapping[str, Row]) -> str:
     return f" Against SyN elsewhere, with a mean of {theirs.mean():.3f}: {gain:+.3f}."
 
 
-def _ablations(folders: Mapping[str, Path]) -> list[str]:
-    """The sweeps of the paper's Tables 3 to 6 that there are."""
-    parts = []
-    for name, folder in folders.items():
-        for table in (3, 4, 5, 6):
-            path = folder / f"study/sweeps/table{table}/sweep.parquet"
-            if not path.exists():
-                continue
-            run = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))[f"table{table}"]
-            rows = [row for row in pq.read_table(path).to_pylist() if row["label"] == 0]
-            axis = list(rows[0])[1]
-            lines = [
-                f"**Table {table}** on {name} (commit {run['commit']}, {run['date'][:10]}, {run['machine']}):\n",
-                f"| `{axis}` | pairs | failed | Dice | ROI pairs |",
-                "|---|---|---|---|---|",
-            ]
-            for row in rows:
-                cells = [row["n_pairs"], row["n_failed"], f"{row['dice']:.3f} ± {row['dice_sd'] or 0:.3f}"]
-                lines.append(f"| {row[axis]} | " + " | ".join(map(str, cells)) + f" | {row['n_rois']:.0f} |")
-            parts.append("\n".join(lines) + "\n")
-    if not parts:
+def _landmarks(names: Mapping[str, Path]) -> list[str]:
+    """Mean landmark distance of every method on the data sets that have points in place of labels."""
+    lines, sources = [], []
+    for name, folder in names.items():
+        methods = method_rows(folder / "study")
+        own = methods.get(OURS)
+        if not own:
+            continue
+        unit = "mm" if own[0]["landmark_tre_mm"] is not None else "vox"
+        for method, ending in (("before", "_before"), ("samreg affine", "_affine")):
+            methods[method] = [{f"landmark_tre_{unit}": row[f"landmark_tre_{unit}{ending}"]} for row in own]
+        cells = [_mean({str(n): row for n, row in enumerate(methods.get(m, []))}, f"landmark_tre_{unit}", ".1f")
+                 for m in POINTED]  # fmt: skip
+        lines.append(f"| {name} | {len(own)} | {'mm' if unit == 'mm' else 'px'} | {' | '.join(cells)} |")
+        sources += [provenance.shown(run) for run in provenance.remembered(folder).values()]
+    if not lines:
         return []
+    head = f"| data | pairs | | {' | '.join(POINTED)} |"
     return [
-        "## Ablations\n\nThe paper's matching (Algorithm 1, `configs/sweeps/`), not refined; default segmenter.\n",
-        *parts,
+        f"## Landmarks\n\nMean distance of landmarks. {'; '.join(dict.fromkeys(sources))}.\n",
+        "\n".join([head, "|---|---|---|" + "---|" * len(POINTED), *lines]) + "\n",
     ]
 
 
 def _not_run(
-    names: Mapping[str, Path], found: Mapping[str, Any], ablated: Sequence[str], absent: Mapping[str, str]
+    names: Mapping[str, Path], found: Mapping[str, Any], absent: Mapping[str, str], ablations: Sequence[str]
 ) -> str:
     """What the page lacks, so that nobody takes silence for a result."""
     lines = [f"- {name}: nothing" for name in names if name not in found]
@@ -252,13 +256,8 @@ def _not_run(
         pairs = len(methods.get(OURS, {}))
         lost = [f"{m} ({len(methods.get(m, {}))} of {pairs})" for m in EXPECTED if len(methods.get(m, {})) < pairs]
         lines += [f"- {name}: {', '.join(lost)}"] if lost else []
-    for name in ablated:
-        lost = [
-            f"Table {t}" for t in (3, 4, 5, 6) if not (names[name] / f"study/sweeps/table{t}/sweep.parquet").exists()
-        ]
-        lines += [f"- ablations on {name}: {', '.join(lost)}"] if lost else []
-    lines += [f"- {name}: {why}" for name, why in absent.items()]
-    lines.append("- Table 2 (other segmentation networks) and any SAM variant: their weights are not here")
+    lines += [*ablations, *(f"- {name}: {why}" for name, why in absent.items())]
+    lines.append("- the networks of Table 2 and any SAM variant: their weights are not here")
     return "## What was not run\n\n" + "\n".join(lines) + "\n"
 
 
