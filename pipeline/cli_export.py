@@ -34,19 +34,47 @@ def export(
     dense: Annotated[
         bool, typer.Option("--dense", help="itk: a vector for every voxel, not a coarse lattice.")
     ] = False,
+    dataset: Annotated[
+        Path | None, typer.Option("--dataset", help="learn2reg: dataset JSON that says which pairs a submission needs.")
+    ] = None,
+    part: Annotated[str, typer.Option("--part", help="Pairs of the dataset JSON: val, training or test.")] = "val",
+    scores: Annotated[
+        bool, typer.Option("--scores", help="learn2reg: check the files, and score them as its evaluator does.")
+    ] = False,
 ) -> None:
     """Write the transforms of a study for other programs, warped images and labels, and its tables."""
+    from pipeline.errors import UsageError
     from pipeline.export import ExportRequest, export_study
     from pipeline.export_tables import export_tables
+    from pipeline.pair_files import read_study_pairs
+    from pipeline.submission import score_submission, wanted_pairs
+
+    if (scores or dataset) and "learn2reg" not in (formats or ()):
+        raise UsageError("--dataset and --scores are for --format learn2reg")
+    if dataset and pairs:
+        raise UsageError("--dataset says which pairs there are; leave out --pairs")
 
     request = ExportRequest(tuple(formats or ("itk",)), dense, images, labels, cast("LabelRule", label_rule))
     for path in export_tables(study, out, request.table_formats) if request.table_formats else ():
         typer.echo(str(path))
     if not request.of_pairs:
         return
-    summary = export_study(study, out, request, pairs or ())
+    known = read_study_pairs(study)
+    names, absent = wanted_pairs(known, dataset, part) if dataset else (pairs or (), [])
+    summary = export_study(study, out, request, names)
     typer.echo(f"{out}: {summary.done} pairs")
-    end_with(summary.failures)
+    failures = list(summary.failures)
+    if scores:
+        failed = {failure.unit for failure in failures}
+        written = [known.find(name) for name in names or known.pairs if name not in failed]
+        table, refused = score_submission(known, out, written)
+        typer.echo(f"{table}: {len(written) - len(refused)} scores")
+        failures += refused
+    for pair in absent:
+        typer.echo(f"{dataset} lists {pair}, which the study does not have", err=True)
+    end_with(failures)
+    if absent:
+        raise typer.Exit(1)
 
 
 def apply(

@@ -16,6 +16,7 @@ _MEANING = {
     "unmatched": "one row per pair in which no ROI pair was found",
     "rois": "one row per ROI of a subject",
     "cohort_rois": "after `samreg cohort rois`, one row per track that was found in another subject",
+    "submission": "beside the files of `samreg export --format learn2reg --scores`, one row per pair",
     "queries": "after `samreg query`, one row per ROI found, the surest subject first",
     "atlas": "`samreg atlas` writes it to the file `atlas/atlas.parquet`, one row per iteration and subject",
     "failures": "one row per unit of work that failed in the latest run",

@@ -114,6 +114,29 @@ COHORT_ROIS = _schema(
     ]
 )
 
+SUBMISSION = _schema(
+    [
+        *_PAIR,
+        ("file", _TEXT, "", "displacement file, beside the table"),
+        ("l2r_dice", _MEASURE, "1", "Dice as Learn2Reg's evaluator has it: mean over the labels of both images"),
+        (
+            "l2r_hd95_vox",
+            _MEASURE,
+            "voxel",
+            "95 % Hausdorff distance as Learn2Reg's evaluator has it: between surface elements weighted by area",
+        ),
+        ("l2r_tre_mm", _MEASURE, "mm", "mean landmark distance as Learn2Reg's evaluator has it, the field by splines"),
+        (
+            "l2r_sdlogj",
+            _MEASURE,
+            "1",
+            "standard deviation of log(det J + 3) of the field in voxels, its outer two voxels left out: what "
+            "Learn2Reg's evaluator computes, and not `sdlogj`",
+        ),
+        ("lumir_ndv_percent", _MEASURE, "%", "non-diffeomorphic volume as LUMIR has it, in percent of the grid"),
+    ]
+)
+
 QUERIES = _schema(
     [
         ("query", _TEXT, "", "name of the query"),
@@ -409,6 +432,7 @@ SCHEMAS = {
     "metrics": METRICS,
     "baseline_metrics": BASELINE_METRICS,
     "queries": QUERIES,
+    "submission": SUBMISSION,
     "atlas": ATLAS,
     "failures": FAILURES,
     "runs": RUNS,

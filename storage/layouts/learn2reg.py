@@ -61,6 +61,20 @@ def read_listing(path: Path) -> dict[str, Any]:
     return record
 
 
+def listed_pairs(listing: Path, part: str) -> list[tuple[str, str]]:
+    """Subjects (moving, fixed) of the pairs of a part of a dataset JSON: val, training or test.
+
+    Raises:
+        CohortError: for a file that is none, or a part without pairs.
+    """
+    if part not in _PAIRS:
+        raise CohortError(f"{part} is no part of a dataset; choose {', '.join(_PAIRS)}")
+    pairs = list(_listed_pairs(read_listing(listing).get(_PAIRS[part])))
+    if not pairs:
+        raise CohortError(f"{listing}: no pairs under {_PAIRS[part]}")
+    return pairs
+
+
 def listed_images(record: dict[str, Any]) -> dict[str, dict[str, str]]:
     """The other files of every image, by its path: `label`, `mask`, `keypoints`, ... as far as they are listed."""
     images: dict[str, dict[str, str]] = {}
