@@ -74,12 +74,19 @@ def names(folder: Path) -> list[str]:
 
 
 def exists(path: Path) -> bool:
-    """Whether a file or object is there."""
-    with reaching(path):
-        if not is_remote(path):
-            return path.exists()
-        files, key = _address(path)
-        return bool(files.isfile(key))
+    """Whether a file or object is there.
+
+    Raises:
+        ObjectStoreError: when the store does not say.
+    """
+    if not is_remote(path):
+        return path.exists()
+    try:
+        with reaching(path):
+            files, key = _address(path)
+            return bool(files.info(key)["type"] == "file")  # isfile() takes every error for an absence
+    except FileNotFoundError:
+        return False
 
 
 def remove(path: Path) -> None:

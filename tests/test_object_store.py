@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import heartbeat
+from pipeline import heartbeat, results
 from pipeline.cli import app
 from pipeline.config import make_config
 from pipeline.doctor import check_objects
@@ -121,6 +121,22 @@ def test_a_run_that_the_store_stops_says_which_object_and_goes_on_later(
     counts = _counts(_run(cohort, url))
     assert counts["encode"] == counts["match"] == (0, 2, 0)
     assert _tables(url) == local
+
+
+def test_an_error_is_not_taken_for_an_absence(
+    faults: object_server.Faults, study: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(places.S3_SETTINGS, "retries", {"max_attempts": 1, "mode": "standard"})
+    root = study_root(study)
+    (part,) = tables.part_names(study, "correspondences")
+    assert [tables.has_part(study, "correspondences", name) for name in (part, "other")] == [True, False]
+    assert not places.exists(root / "correspondences")
+    faults.refuse = lambda method, path: method == "HEAD" and "/correspondences/" in path
+    with pytest.raises(ObjectStoreError, match=rf"{part}\.parquet: OSError.*Internal Server Error"):
+        results.rows_of(root, "correspondences", part, ["a__b"])
+    fresh = tables.table_from_rows("correspondences", [])
+    with pytest.raises(ObjectStoreError, match=part):
+        results.merge_rows(root, "correspondences", part, fresh, ["a__b"])
 
 
 def test_a_subject_whose_marker_was_not_written_is_absent_and_done_again(
