@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from pipeline import heartbeat, results
 from pipeline.cli import app
 from pipeline.config import make_config
-from pipeline.doctor import check_objects
+from pipeline.doctor import check_objects, check_uri
 from pipeline.errors import FolderError
 from pipeline.folder import StudyFolder, study_root
 from pipeline.object_lock import hold_object
@@ -197,13 +197,41 @@ def test_doctor_tries_the_object_store(server: object_server.Faults) -> None:
     assert check_objects(place("s3://no-such-bucket/doctor")).state == "fail"
 
 
-@pytest.mark.parametrize("command", [["report"], ["query", "--pair", "a__b"], ["atlas"]])
+def test_doctor_leaves_no_probe_where_it_may_not_list(faults: object_server.Faults) -> None:
+    root = place(f"s3://{object_server.BUCKET}/unlisted")
+    faults.refuse = lambda method, path: method == "GET" and path == f"/{object_server.BUCKET}"
+    assert check_objects(root).state == "fail"
+    faults.refuse = lambda method, path: False
+    assert places.names(root) == []
+
+
+def test_an_object_without_credentials_is_a_failed_check(
+    server: object_server.Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    _forget_clients()
+    try:
+        check = check_uri(f"s3://{object_server.BUCKET}/a.nii.gz")
+    finally:
+        _forget_clients()
+    assert check.state == "fail"
+    assert "could not be fetched (NoCredentialsError" in check.found
+
+
+def _forget_clients() -> None:
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("command", [["report"], ["query", "--subject", "a"], ["atlas"]])
 def test_other_commands_say_what_takes_a_url(command: list[str]) -> None:
     done = CliRunner().invoke(app, [command[0], "s3://bucket/study", *command[1:]])
     assert done.exit_code == 2
-    if command[0] == "report":
-        assert "needs a folder, not s3://bucket/study" in done.output
-        assert "aws s3 sync" in done.output
+    assert "needs a folder, not s3://bucket/study" in done.output
+    assert "aws s3 sync" in done.output
 
 
 def test_status_and_run_take_a_url(study: str, cohort: Path) -> None:
