@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -242,9 +247,70 @@ def test_status_and_run_take_a_url(study: str, cohort: Path) -> None:
     assert "hidden-word" not in refused.output
 
 
-def test_secrets_stay_out_of_the_study(study: str) -> None:
-    folder = StudyFolder(study_root(study))
-    for name in ("run.yaml", "plan.json"):
-        text = places.read_bytes(folder.root / name).decode()
-        assert "testing-key" not in text
-        assert "not-a-secret-at-all" not in text
+def _command_lines(session: int) -> Iterator[str]:
+    """Those of the processes of a session, as everybody sees them by ps."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getsid(int(entry.name)) == session:
+                yield (entry / "cmdline").read_text(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+
+
+def _shown(command: Sequence[str | Path]) -> tuple[int, str]:
+    """Exit code of a command, and whatever it printed or showed as a command line of a process."""
+    lines: set[str] = set()
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command, env=phantoms.environment(), stdout=output, stderr=output, start_new_session=True
+        )
+        while process.poll() is None:
+            lines.update(_command_lines(process.pid))
+            time.sleep(0.1)
+        output.seek(0)
+        return process.returncode, "\n".join([output.read(), *lines])
+
+
+def _kept(study: str) -> str:
+    """All texts that a study keeps."""
+    root = study_root(study)
+    records = [places.read_bytes(root / name).decode() for name in ("run.yaml", "plan.json", ".digests.json")]
+    return "\n".join([*records, *(str(tables.read_table(root, name).to_pylist()) for name in ("failures", "runs"))])
+
+
+ONE_ATTEMPT = (
+    "from storage import places; places.S3_SETTINGS['retries'] = {'max_attempts': 1}; "
+    "from pipeline.cli import main; main()"
+)
+
+
+def test_a_run_that_fails_shows_no_secret(faults: object_server.Faults, cohort: Path) -> None:
+    url = f"s3://{object_server.BUCKET}/secret/study"
+    faults.refuse = lambda method, path: method == "PUT" and path.endswith(f"/{subject_key('b')}/zarr.json")
+    options = ("run", "--cohort", cohort, "--out", url, "--executor", "serial", "--until", "match")
+    code, shown = _shown([sys.executable, "-c", ONE_ATTEMPT, *map(str, options)])
+    kept = _kept(url)
+    assert code == 1, shown
+    assert "encode: b failed" in shown
+    for text in (shown, kept):
+        assert "injected, ('***', '***')" in text
+        assert not [secret for secret in object_server.SECRETS if secret in text]
+    faults.refuse = lambda method, path: method == "PUT" and "/rois/" in path
+    code, shown = _shown([sys.executable, "-c", ONE_ATTEMPT, *map(str, options)])
+    assert code == 1, shown
+    assert "injected, ('***', '***')" in shown
+    assert not [secret for secret in object_server.SECRETS if secret in shown]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_workers_write_to_the_store_and_show_no_secret(
+    faults: object_server.Faults, cohort: Path, local: dict[str, Any]
+) -> None:
+    url = f"s3://{object_server.BUCKET}/ray/study"
+    settings = ("--set", f"fit={json.dumps(phantoms.QUICK_FIT)}", "--executor", "ray", "--workers", "2")
+    code, shown = _shown(phantoms.command("run", "--cohort", cohort, "--out", url, *settings))
+    assert code == 0, shown
+    assert _tables(url) == local
+    assert "raylet" in shown
+    assert not [secret for secret in object_server.SECRETS if secret in shown + _kept(url)]
