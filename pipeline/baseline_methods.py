@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.baseline_images import PairImages, Registered
 from pipeline.errors import UsageError
-from storage.sources import content_digest
+from storage.image_files import content_digest
 
 VERSION = "1"  # of what this program itself does; a change makes every baseline again
 Register = Callable[[PairImages], Registered]

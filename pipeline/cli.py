@@ -134,7 +134,7 @@ def plan(
         from pipeline.request import read_request
 
         request = read_request(config, cohort, pairs, _with_flags(overrides, executor, workers, device))
-        typer.echo(describe_plan(make_plan(request, out, probe)))
+        typer.echo(redact(describe_plan(make_plan(request, out, probe))))
 
 
 @app.command()

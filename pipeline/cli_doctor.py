@@ -36,9 +36,12 @@ def doctor(
 
     shown = Table("check", "", "found", "what to do")
     failed = False
-    for check in examine(load_config(config, overrides or []), out, address, uri or []):
-        shown.add_row(check.name, f"[{STYLES[check.state]}]{check.state}", check.found, check.advice)
-        failed |= check.state == "fail"
-    Console().print(shown)
+    settings = load_config(config, overrides or [])
+    try:
+        for check in examine(settings, out, address, uri or []):
+            shown.add_row(check.name, f"[{STYLES[check.state]}]{check.state}", check.found, check.advice)
+            failed |= check.state == "fail"
+    finally:
+        Console().print(shown)
     if failed:
         raise typer.Exit(1)

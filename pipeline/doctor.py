@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -30,7 +31,7 @@ PYTHONS = ((3, 11), (3, 14))
 GIB = 2**30
 LITTLE_DISK, LITTLE_MEMORY, LITTLE_SHM, FEW_FILES = 10 * GIB, 4 * GIB, GIB, 4096
 SLOW_WRITE_SECONDS = 0.2
-_MEMINFO = Path("/proc/meminfo")
+_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,11 @@ def examine(config: StudyConfig, out: Path | None, address: str | None, uris: Se
     checks += [partial(check_uri, uri) for uri in uris]
     checks.append(partial(check_cluster, address))
     for check in checks:
-        found = check()
+        try:
+            found = check()
+        except OSError as error:
+            name = getattr(check, "func", check).__name__.removeprefix("check_").replace("_", " ")
+            found = Check(name, "fail", f"{type(error).__name__}: {error}", "let this user read and write there")
         yield Check(found.name, found.state, redact(found.found), redact(found.advice))
 
 
@@ -103,8 +108,8 @@ def check_threads() -> Check:
 
 def check_memory() -> Check:
     """Memory that this process can still take, by the machine and by its cgroup."""
-    free, limit = _free_memory(), _number(Path("/sys/fs/cgroup/memory.max"))
-    have = free if limit is None else min(free, limit)
+    free, limit = _free_memory(), _number(_CGROUP / "memory.max")
+    have = free if limit is None else max(0, min(free, limit - _cgroup_memory()))
     found = f"{have / GIB:.1f} GiB free{'' if limit is None else f', cgroup limit {limit / GIB:.1f} GiB'}"
     if have < LITTLE_MEMORY:
         return Check("memory", "warn", found, "see what samreg plan says of a worker; lower execution.workers")
@@ -182,7 +187,8 @@ def check_writing(out: Path) -> Check:
         return Check("writing", "fail", f"{out}: {error.strerror}", advice)
     finally:
         for path in (probe, probe.with_suffix(".moved")):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # where it could not be made; what went wrong is told already
+                path.unlink()
     seconds = time.perf_counter() - start
     slow = seconds > SLOW_WRITE_SECONDS
     advice = "slow storage: a bigger execution.tile writes fewer files" if slow else ""
@@ -196,14 +202,15 @@ def check_objects(out: Path) -> Check:
     try:
         put_object(probe, bytes(2**20))
         seconds = time.perf_counter() - start
-        if probe.name not in names(out) or len(read_bytes(probe)) != 2**20:
-            return Check(
-                "writing", "fail", f"{probe} cannot be listed or read back whole", "look at the bucket's rights"
-            )
-        guarded = _is_guarded(probe)
-        remove(probe)
+        try:
+            whole = probe.name in names(out) and len(read_bytes(probe)) == 2**20
+            guarded = _is_guarded(probe)
+        finally:
+            remove(probe)
     except ObjectStoreError as error:
         return Check("writing", "fail", str(error), "see the message; every worker needs the same rights")
+    if not whole:
+        return Check("writing", "fail", f"{probe} cannot be listed or read back whole", "look at the bucket's rights")
     found = f"1 MiB written in {seconds:.3f} s, listed, read, deleted"
     if not guarded:
         advice = "start one driver at a time: of two, the first is told only after some seconds"
@@ -264,7 +271,7 @@ def _check_driver(address: str) -> Check:
 
 def _cgroup_cores() -> float | None:
     """Cores of the cgroup's quota, None where there is none."""
-    path = Path("/sys/fs/cgroup/cpu.max")
+    path = _CGROUP / "cpu.max"
     quota, period = path.read_text().split() if path.exists() else ("max", "1")
     return None if quota == "max" else int(quota) / int(period)
 
@@ -272,6 +279,13 @@ def _cgroup_cores() -> float | None:
 def _number(path: Path) -> int | None:
     text = path.read_text().strip() if path.exists() else "max"
     return None if text == "max" else int(text)
+
+
+def _cgroup_memory() -> int:
+    """Bytes that the cgroup holds, without cached files, which give way."""
+    stat = _CGROUP / "memory.stat"
+    counts = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+    return (_number(_CGROUP / "memory.current") or 0) - int(counts.get("inactive_file", 0))
 
 
 def _free_memory() -> int:

@@ -13,6 +13,7 @@ from pipeline.folder import StudyFolder
 from pipeline.pairs import count_pairs
 from pipeline.probe import Rule, Shape, probed
 from pipeline.process import own_cores
+from pipeline.record import refuse_credentials
 from pipeline.request import Request
 from storage import tables
 from storage.cohort import Subject
@@ -63,8 +64,10 @@ def make_plan(request: Request, out: Path, probe: bool = False) -> Plan:
         probe: run the stages on a few subjects first, in a temporary folder, and scale what that took.
 
     Raises:
+        FolderError: for a URI with credentials, as a run.
         UsageError: when the probe fails.
     """
+    refuse_credentials(request.config, request.cohort)
     subjects, config = request.cohort.subjects, request.config
     sample, problems = _sample_shapes(request, subjects)
     shapes = list(sample.values())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,13 @@ def rows_of(root: Path, name: str, part: str, pairs: Iterable[str]) -> dict[str,
         for row in tables.read_part(root, name, part).filter(_is_one_of("pair", found)).to_pylist():
             found[row["pair"]].append(row)
     return found
+
+
+def lost_pairs(root: Path, part: str, matches: Mapping[str, Collection[Any]]) -> set[str]:
+    """Pairs, of some with their correspondences, that have none and are not known as unmatched either."""
+    empty = [pair for pair, rows in matches.items() if not rows]
+    known = rows_of(root, "unmatched", part, empty) if empty else {}
+    return {pair for pair in empty if not known[pair]}
 
 
 def pair_keys(root: Path, name: str) -> Iterator[tuple[str, str]]:

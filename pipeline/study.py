@@ -226,9 +226,12 @@ class Study:
     def _digest_inputs(self) -> dict[str, InputDigests]:
         self.start_stage("encode", reused=0)
         cache = DigestCache(self.folder.root / ".digests.json")
-        found = digest_inputs(self.cohort.subjects, cache, segmentations=reads_segmentations(self.config.segmenter))
+        reads = reads_segmentations(self.config.segmenter)
+        found = digest_inputs(self.cohort.subjects, cache, segmentations=reads, reporter=self.reporter)
         good: dict[str, InputDigests] = {}
         for name, outcome in found.items():
+            if isinstance(outcome, Failure) and outcome.disk_full:
+                raise self.disk_full(outcome.message)
             if isinstance(outcome, Failure):
                 self.fail_subject("encode", name, outcome)
             else:

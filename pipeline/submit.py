@@ -22,7 +22,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from pipeline.errors import UsageError
 from pipeline.pairs import Mode
-from storage.redaction import has_secret, redact
+from storage.redaction import SECRET_NAME, has_secret, redact
 from storage.sources import is_remote
 
 CODE = ("pipeline", "actors", "storage")
@@ -32,7 +32,6 @@ THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS
 UNREACHABLE_SECONDS = 120.0
 _POLL_SECONDS = 1.0
 _OWN_CODES = frozenset({0, 1, 2, 130, 143})
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY", re.IGNORECASE)
 _UNREACHABLE = (RuntimeError, ConnectionError, OSError, aiohttp.ClientError, asyncio.TimeoutError)
 
 
@@ -75,7 +74,7 @@ def check_environment(given: Sequence[str]) -> dict[str, str]:
         name, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise SubmitError(f"--env {redact(text)}: expected NAME=VALUE, for example SAMREG_WEIGHTS=/models")
-        if _SECRET_NAME.search(name) or has_secret(value):
+        if SECRET_NAME.search(name) or has_secret(value):
             raise SubmitError(
                 f"--env {name} looks like a secret, which the cluster's dashboard would show. "
                 "Set it on the nodes, for example by a Kubernetes secret"
@@ -85,7 +84,16 @@ def check_environment(given: Sequence[str]) -> dict[str, str]:
 
 
 def pack(folder: Path, config: Path | None = None) -> None:
-    """Copy the program into `folder`, and the configuration as SENT_CONFIG: Python files only, no data, no weights."""
+    """Copy the program into `folder`, and the configuration as SENT_CONFIG: Python files only, no data, no weights.
+
+    Raises:
+        SubmitError: for a configuration with a secret in it.
+    """
+    if config is not None and has_secret(config.read_text(encoding="utf-8", errors="replace")):
+        raise SubmitError(
+            f"{config} holds a secret, which the cluster would keep; "
+            "give the nodes the credentials by environment variables or a role"
+        )
     source = Path(__file__).resolve().parents[1]
     for package in CODE:
         for path in sorted((source / package).rglob("*.py")):

@@ -64,7 +64,7 @@ def named_error(error: OSError, path: Path) -> OSError:
 def is_abandoned(locked_file: Path) -> bool:
     """Whether no living process holds the lock of a file that a writer made."""
     try:
-        with locked_file.open("rb") as probe:
+        with locked_file.open("r+b") as probe:  # NFS locks exclusively only what is open for writing
             fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # held, gone, or a file system without locks: leave it
         return False

@@ -18,8 +18,9 @@ import numpy.typing as npt
 import SimpleITK as sitk  # noqa: N813 (its own documentation's name)
 
 from storage.geometry import FileGrid, Geometry, SliceAxis, from_file_axes
+from storage.image_files import content_digest
 from storage.integrity import check_file, not_finite
-from storage.sources import PICTURE_SUFFIXES, ImageError, content_digest, local_copy, suffix
+from storage.sources import PICTURE_SUFFIXES, ImageError, local_copy, suffix
 
 __all__ = [
     "Image",

@@ -19,10 +19,10 @@ import numpy as np
 from PIL import Image as Picture
 from PIL import UnidentifiedImageError
 
+from storage.image_files import NIFTI_PAIRS, nifti_files
 from storage.sources import PICTURE_SUFFIXES, ImageError
 
-_NIFTI_PAIRS = (".hdr", ".img", ".hdr.gz", ".img.gz")
-_NIFTI_SUFFIXES = (".nii", ".nii.gz", *_NIFTI_PAIRS)
+_NIFTI_SUFFIXES = (".nii", ".nii.gz", *NIFTI_PAIRS)
 _FLOATS = {16: "f4", 64: "f8", 32: "f4", 1792: "f8"}  # datatype code; complex numbers are pairs of floats
 _HEADER_BYTES = 348  # NIfTI-1 and Analyze; ITK does not read NIfTI-2
 _BLOCK = 1 << 20
@@ -67,7 +67,7 @@ def _check_picture(path: Path, shown: str) -> None:
 
 
 def _check_nifti(path: Path, shown: str, voxel_bytes: int) -> None:
-    header_file, voxel_file = _nifti_files(path)
+    header_file, voxel_file = nifti_files(path)
     if not (header_file.exists() and voxel_file.exists()):
         return  # a format of the same suffix, or a name that only ITK resolves
     try:
@@ -123,23 +123,6 @@ def _parse_header(header: bytes) -> _NiftiHeader | None:
             float_type = np.dtype(order + _FLOATS[code]) if code in _FLOATS else None
             return _NiftiHeader(int(offset) if np.isfinite(offset) else 0, float_type)
     return None
-
-
-def _nifti_files(path: Path) -> tuple[Path, Path]:
-    """(header file, voxel file); `.hdr` and `.img` come in pairs, either possibly compressed."""
-    name = path.name
-    suffix = next((s for s in _NIFTI_PAIRS if name.lower().endswith(s)), None)
-    if suffix is None:
-        return path, path
-    stem = name[: -len(suffix)]
-
-    def sibling(kind: str) -> Path:
-        if suffix.startswith(kind):
-            return path
-        plain = path.with_name(stem + kind)
-        return plain if plain.exists() else path.with_name(f"{stem}{kind}.gz")
-
-    return sibling(".hdr"), sibling(".img")
 
 
 @contextmanager

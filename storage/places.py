@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,18 +16,12 @@ from typing import Any, cast
 
 from upath import UPath
 
-from storage.sources import is_remote
+from storage.sources import client_errors, is_remote
 
 S3_SETTINGS: dict[str, Any] = {  # botocore tries again after 500, 503, timeouts and cut lines, with growing pauses
     "retries": {"max_attempts": 8, "mode": "standard"},
     "connect_timeout": 10,
     "read_timeout": 60,
-}
-_CLIENT_ERRORS = {  # of the clients that fsspec's packages use, by module; other errors of theirs are OSErrors
-    "aiohttp": ("ClientError",),
-    "azure.core.exceptions": ("AzureError",),
-    "botocore.exceptions": ("BotoCoreError", "ClientError"),
-    "gcsfs.retry": ("HttpError",),
 }
 
 
@@ -74,12 +67,19 @@ def names(folder: Path) -> list[str]:
 
 
 def exists(path: Path) -> bool:
-    """Whether a file or object is there."""
-    with reaching(path):
-        if not is_remote(path):
-            return path.exists()
-        files, key = _address(path)
-        return bool(files.isfile(key))
+    """Whether a file or object is there.
+
+    Raises:
+        ObjectStoreError: when the store does not say.
+    """
+    if not is_remote(path):
+        return path.exists()
+    try:
+        with reaching(path):
+            files, key = _address(path)
+            return bool(files.info(key)["type"] == "file")  # isfile() takes every error for an absence
+    except FileNotFoundError:
+        return False
 
 
 def remove(path: Path) -> None:
@@ -176,7 +176,7 @@ def reaching(path: Path, writing: bool = False) -> Iterator[None]:
         raise
     except ImportError as error:
         raise ObjectStoreError(f"{path}: {error}; install the package, for S3 by pip install 'samreg[s3]'") from None
-    except _client_errors() as error:
+    except client_errors() as error:
         if isinstance(error, FileNotFoundError) and not writing:
             raise FileNotFoundError(errno.ENOENT, "no such object", str(path)) from None
         raise ObjectStoreError(
@@ -184,12 +184,6 @@ def reaching(path: Path, writing: bool = False) -> Iterator[None]:
             "(environment variables or role), their rights to get, put, list and delete, and the endpoint "
             "(AWS_ENDPOINT_URL); then run the same command again"
         ) from error
-
-
-def _client_errors() -> tuple[type[Exception], ...]:
-    """OSError, and the errors of the clients that have been loaded."""
-    loaded = [(sys.modules[module], kinds) for module, kinds in _CLIENT_ERRORS.items() if module in sys.modules]
-    return (OSError, *(getattr(module, name) for module, kinds in loaded for name in kinds))
 
 
 def _address(path: Path) -> tuple[Any, str]:

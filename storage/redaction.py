@@ -7,12 +7,15 @@ import os
 import re
 
 HIDDEN = "***"
-_USER = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
+SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|_KEY|CONNECTION_STRING", re.IGNORECASE)  # of a variable
+_USER = re.compile(  # the second form: a password may hold slashes, and is no port
+    r"(?<=://)(?:[^/\s'\"]+|[^/\s:@'\"]+:(?!\d+/)[^\s@'\"]+)(?=@)"
+)
 _QUERY = re.compile(
-    r"(?i)(?<=[?&])((?:X-Amz-(?:Signature|Credential|Security-Token)|X-Goog-(?:Signature|Credential)"
+    r"(?i)(?<=[?&;])((?:AccountKey|SharedAccessSignature|X-Amz-(?:Signature|Credential|Security-Token)|X-Goog-(?:Signature|Credential)"
     r"|AWSAccessKeyId|Signature|sig|token|access_token|password|secret)=)[^&\s'\"]+"
 )
-_SECRET_VARIABLE = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|ACCESS_KEY|API_KEY")
+_NEVER_A_PATH = re.compile(r"SECRET|_KEY$", re.IGNORECASE)  # keys in base64 may begin with a slash
 _SHORTEST = 8  # shorter values also occur in innocent texts
 
 
@@ -40,8 +43,12 @@ def _without_credentials(text: str) -> str:
 
 def _environment_secrets() -> list[str]:
     """Values of the variables whose names say that they are secret; a path (a token's file) is none."""
-    found = [value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)]
-    return sorted((v for v in found if len(v) >= _SHORTEST and not v.startswith(("/", "~"))), key=len, reverse=True)
+    found = {
+        value
+        for name, value in os.environ.items()
+        if SECRET_NAME.search(name) and (_NEVER_A_PATH.search(name) or not value.startswith(("/", "~")))
+    }
+    return sorted((value for value in found if len(value) >= _SHORTEST), key=len, reverse=True)
 
 
 class RedactingFormatter(logging.Formatter):

@@ -376,7 +376,8 @@ FAILURES = _schema(
             "stage",
             _TEXT,
             "",
-            "encode, prototypes, match, fit or evaluate; in an atlas also shape, warp, propagate or cohort_rois",
+            "encode, prototypes, match or fit; in an atlas also shape, warp, propagate or cohort_rois; "
+            "beside baselines the method",
         ),
         ("unit", _TEXT, "", "id of the unit of work"),
         ("subject", _TEXT, "", "subject, empty for a pair"),
@@ -397,7 +398,7 @@ RUNS = _schema(
         ("samreg_version", _TEXT, "", "version of this program"),
         ("python", _TEXT, "", "version of Python"),
         ("packages", _TEXT, "JSON", "versions of the packages that decide the result"),
-        ("executor", _TEXT, "", "ray or serial"),
+        ("executor", _TEXT, "", "execution.executor as it was asked for: auto, ray or serial"),
         ("workers", _INT, "", "workers of the stage"),
         ("stage", _TEXT, "", "stage this row counts"),
         ("units_done", _INT, "", "units finished in this run"),

@@ -1,21 +1,29 @@
-"""Files as the user gave them: local or remote, and their digest."""
+"""Files as the user gave them, local or remote."""
 
 from __future__ import annotations
 
-import hashlib
-import re
-import shutil
+import errno
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
 
 import fsspec
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-_DETACHED_SUFFIXES = (".mhd", ".nhdr", ".hdr", ".img")
-_BLOCK = 1 << 20
+_DETACHED_SUFFIXES = (".mhd", ".nhdr", ".hdr", ".img", ".hdr.gz", ".img.gz")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_CLIENT_ERRORS = {  # of the clients that fsspec's packages use, by module; other errors of theirs are OSErrors
+    "aiohttp": ("ClientError",),
+    "azure.core.exceptions": ("AzureError",),
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+    "gcsfs.retry": ("HttpError",),
+}
+_VERSIONS = (  # what stores call that which changes with an object
+    *("ETag", "etag", "md5Hash", "generation", "Content-MD5", "Digest"),
+    *("LastModified", "last_modified", "Last-Modified", "mtime", "created"),
+)
 
 
 class ImageError(ValueError):
@@ -56,14 +64,40 @@ def remote_size(uri: str) -> int | None:
         return size
 
 
+def remote_stamp(uri: str) -> list[list[object]] | None:
+    """What changes when an object does, or one under a prefix: names, sizes and versions; None where there are none.
+
+    Raises:
+        ImageError: when it does not exist or cannot be reached.
+    """
+    with _fetching(uri):
+        files, location = fsspec.core.url_to_fs(uri)
+        if "file" in files.protocol:
+            return None
+        found = files.info(location)
+        infos = [found] if found["type"] == "file" else files.find(location, detail=True).values()
+    versions = [[str(info[key]) for key in _VERSIONS if info.get(key)] for info in infos]
+    if not all(versions):
+        return None
+    return [[info["name"], info["size"], *version] for info, version in zip(infos, versions, strict=True)]
+
+
+def client_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
+    """OSError, the errors of the object stores' clients that have been loaded, and some more."""
+    loaded = [(sys.modules[module], kinds) for module, kinds in _CLIENT_ERRORS.items() if module in sys.modules]
+    return (OSError, *(getattr(module, name) for module, kinds in loaded for name in kinds), *more)
+
+
 @contextmanager
 def _fetching(uri: str) -> Iterator[None]:
-    """Turn what goes wrong with a URI into one error that says it."""
+    """Turn what goes wrong with a URI into one error that says it; a full disk here is no fault of the URI."""
     try:
         yield
     except FileNotFoundError:
         raise ImageError(f"{uri}: no such file or folder; check the address in the manifest") from None
-    except (OSError, ImportError, ValueError) as error:
+    except client_errors(ImportError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            raise
         raise ImageError(f"{uri}: could not be fetched ({type(error).__name__}: {error})") from error
 
 
@@ -88,37 +122,3 @@ def suffix(path: Path) -> str:
     """Lower-case file suffix, `.nii.gz` as one."""
     name = path.name.lower()
     return ".nii.gz" if name.endswith(".nii.gz") else Path(name).suffix
-
-
-def content_digest(path: str | Path) -> str:
-    """sha256 (hex) of a file's bytes and its detached data file's; of a folder: of its files' in name order.
-
-    Raises:
-        ImageError: when it does not exist.
-    """
-    total = hashlib.sha256()
-    with local_copy(path) as local:
-        inside = sorted(p for p in local.rglob("*") if p.is_file())
-        files = inside if local.is_dir() else [local, *_detached(local)]
-        for file in files:
-            with file.open("rb") as stream:
-                shutil.copyfileobj(stream, cast(Any, _HashSink(total)), _BLOCK)
-    return total.hexdigest()
-
-
-class _HashSink:
-    def __init__(self, total: Any) -> None:
-        self.write = total.update
-
-
-def _detached(header: Path) -> list[Path]:
-    if suffix(header) in (".hdr", ".img"):
-        pair = [header.with_suffix(".img"), header.with_suffix(".hdr")]
-        return [p for p in pair if p != header and p.exists()]
-    if suffix(header) in (".mhd", ".nhdr"):
-        with header.open("rb") as stream:
-            text = stream.read(1 << 16).decode("latin-1")
-        named = re.search(r"(?im)^(?:ElementDataFile\s*=|data file:)\s*(.+?)\s*$", text)
-        if named and (header.parent / named[1]).is_file():
-            return [header.parent / named[1]]
-    return []

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 BUCKET = "studies"
-_BODY = b"<Error><Code>InternalError</Code><Message>injected</Message></Error>"
+SECRETS = ("testing-key", "not-a-secret-at-all")  # which the server's errors tell
+_BODY = f"<Error><Code>InternalError</Code><Message>injected, {SECRETS}</Message></Error>".encode()
 App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
@@ -74,8 +75,8 @@ def serve(patch: pytest.MonkeyPatch) -> Iterator[Faults]:
     endpoint = f"http://127.0.0.1:{server.server_port}"
     settings = {
         "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "testing-key",
-        "AWS_SECRET_ACCESS_KEY": "not-a-secret-at-all",
+        "AWS_ACCESS_KEY_ID": SECRETS[0],
+        "AWS_SECRET_ACCESS_KEY": SECRETS[1],
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }

@@ -89,6 +89,13 @@ def test_images_are_pinned_and_run_as_a_user(target: str) -> None:
     assert all("--no-cache-dir" in each and "-c constraints.txt" in each for each in installs)
 
 
+def test_the_image_has_what_the_segmenters_and_the_secret_for_objects_need() -> None:
+    (install,) = [argument for _, argument in _target("build") if "pip install" in argument]
+    assert "'.[mobile,s3]'" in install
+    extras = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert {"mobile", "s3"} <= extras.keys()
+
+
 def test_what_the_image_copies_exists_and_passes_the_ignore_file() -> None:
     allowed = (REPO / "deploy/Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
     assert "*" in allowed
@@ -108,7 +115,9 @@ GIB = {"encode": 2.4, "match-fit": 1.0}  # of a worker, measured
 
 def _samreg_options(entrypoint: str) -> dict[str, Any]:
     """Options of a samreg command line, parsed as the command does."""
-    words = shlex.split(entrypoint)
+    shell, option, script = shlex.split(entrypoint)
+    assert (shell, option) == ("bash", "-c")
+    words = shlex.split(script.split("||")[0])
     assert words[:2] == ["samreg", "run"]
     root: Any = typer.main.get_command(app)
     parsed: dict[str, Any] = root.commands["run"].make_context("run", words[2:]).params
@@ -131,6 +140,24 @@ def test_the_ray_job_asks_for_what_its_workers_take() -> None:
             assert float(container["resources"][kind]["memory"].removesuffix("Gi")) >= workers * GIB[name] + 1 + store
             assert container["resources"][kind]["cpu"] == group["rayStartParams"]["num-cpus"]
         assert group["minReplicas"] == group["replicas"] == 0
+
+
+@pytest.mark.parametrize(("code", "ended"), [(0, True), (1, True), (2, False), (143, False)])
+def test_the_ray_job_does_not_start_again_for_what_would_fail_again(tmp_path: Path, code: int, ended: bool) -> None:
+    """As it gets there: KubeRay writes the entrypoint into a script, `ray job submit` joins its words for a shell."""
+    (tmp_path / "samreg").write_text(f'#!/bin/sh\n[ "$*" = "{_words()}" ] || exit 99\nexit {code}\n')
+    (tmp_path / "samreg").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    listed = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {RAYJOB['spec']['entrypoint']} ;"], capture_output=True, text=True, check=True
+    )
+    command = shlex.join(listed.stdout.removesuffix("\0").split("\0"))
+    done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == ended, done.stderr
+
+
+def _words() -> str:
+    return RAYJOB["spec"]["entrypoint"].split("'")[1].split(" ||")[0].removeprefix("samreg ")
 
 
 def test_the_ray_job_is_whole() -> None:

@@ -61,3 +61,27 @@ def test_secrets_never_show(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "127.0.0.1:1" in text
     assert not [secret for secret in ("hidden", "verysecretvalue", "abcdef") if secret in text]
     assert os.environ["AWS_SECRET_ACCESS_KEY"] == "verysecretvalue"
+
+
+def test_a_folder_that_cannot_be_one_is_a_row_of_the_table(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    checks = {check.name: check for check in doctor.examine(make_config({}), tmp_path / "file" / "study", None, [])}
+    assert (checks["writing"].state, "Not a directory" in checks["writing"].found) == ("fail", True)
+    assert "Ray" in checks
+
+
+def test_a_check_that_cannot_look_fails_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "_MEMINFO", tmp_path)
+    checks = {check.name: check for check in doctor.examine(make_config({}), None, None, [])}
+    assert (checks["memory"].state, "IsADirectoryError" in checks["memory"].found) == ("fail", True)
+    assert checks["Python"].state == "ok"
+
+
+def test_memory_that_the_cgroup_holds_is_not_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "_CGROUP", tmp_path)
+    monkeypatch.setattr(doctor, "_free_memory", lambda: 64 * doctor.GIB)
+    for name, text in (("max", 8 * doctor.GIB), ("current", 7 * doctor.GIB), ("stat", f"inactive_file {doctor.GIB}")):
+        (tmp_path / f"memory.{name}").write_text(f"{text}\n")
+    check = doctor.check_memory()
+    assert check.found == "2.0 GiB free, cgroup limit 8.0 GiB"
+    assert check.state == "warn"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import struct
 
@@ -326,6 +327,62 @@ def test_remote_files_are_fetched(tmp_path, volume):
             read_image(address)
     with pytest.raises(ImageError, match="could not be fetched"):
         read_image("nosuchscheme://a/b.nii.gz")
+
+
+def test_a_full_disk_while_fetching_is_no_fault_of_the_image(monkeypatch):
+    fsspec.filesystem("memory").pipe("/cohort/b.nii.gz", b"0")
+
+    def get_file(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "get_file", get_file)
+    with pytest.raises(OSError, match="No space left") as caught:
+        read_image("memory://cohort/b.nii.gz")
+    assert caught.value.errno == errno.ENOSPC
+
+
+def _changes(named, changed):
+    """Whether the digest of a file sees the last byte of another."""
+    before, content = content_digest(named), changed.read_bytes()
+    changed.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    after = content_digest(named)
+    changed.write_bytes(content)
+    return before != after
+
+
+@pytest.mark.parametrize("header", [".hdr", ".hdr.gz"])
+@pytest.mark.parametrize("voxels", [".img", ".img.gz"])
+def test_digest_covers_both_of_a_pair(tmp_path, header, voxels):
+    files = tmp_path / f"a{header}", tmp_path / f"a{voxels}"
+    for file in files:
+        file.write_bytes(b"content")
+    assert all(_changes(named, changed) for named in files for changed in files)
+
+
+@pytest.mark.parametrize("suffix", [".mhd", ".mha"])
+@pytest.mark.parametrize("clause", ["b 2.raw", "LIST\nb 2.raw\nc3.raw", "LIST 2\nc3.raw\n", "c%d.raw 1 3 2"])
+def test_digest_covers_the_files_that_a_metaimage_names(tmp_path, suffix, clause):
+    for name in ("b 2.raw", "c1.raw", "c3.raw"):
+        (tmp_path / name).write_bytes(b"content")
+    header = tmp_path / f"a{suffix}"
+    header.write_text(f"ObjectType = Image\nElementDataFile = {clause}\n")
+    for name in ("b 2.raw", "c3.raw"):
+        assert _changes(header, tmp_path / name) == (name in clause.replace("%d", "3"))
+
+
+@pytest.mark.parametrize(
+    "clause",
+    ["data file: b.raw", "datafile: LIST\nb.raw\n", "data file: %c.raw 98 98 1", "\ndata file: no.raw"],
+)
+def test_digest_covers_the_files_that_an_nrrd_names(tmp_path, clause):
+    (tmp_path / "b.raw").write_bytes(b"content")
+    header = tmp_path / "a.nhdr"
+    header.write_text(f"NRRD0004\ntype: uchar\n{clause}\n")
+    if "%c" in clause:
+        with pytest.raises(ImageError, match="names files of voxels that are not there"):
+            content_digest(header)
+    else:
+        assert _changes(header, tmp_path / "b.raw") == ("b.raw" in clause)
 
 
 def test_digest_covers_every_byte(tmp_path, volume):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import heartbeat
+from pipeline import heartbeat, results
 from pipeline.cli import app
 from pipeline.config import make_config
-from pipeline.doctor import check_objects
+from pipeline.doctor import check_objects, check_uri
 from pipeline.errors import FolderError
 from pipeline.folder import StudyFolder, study_root
 from pipeline.object_lock import hold_object
@@ -123,6 +128,22 @@ def test_a_run_that_the_store_stops_says_which_object_and_goes_on_later(
     assert _tables(url) == local
 
 
+def test_an_error_is_not_taken_for_an_absence(
+    faults: object_server.Faults, study: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(places.S3_SETTINGS, "retries", {"max_attempts": 1, "mode": "standard"})
+    root = study_root(study)
+    (part,) = tables.part_names(study, "correspondences")
+    assert [tables.has_part(study, "correspondences", name) for name in (part, "other")] == [True, False]
+    assert not places.exists(root / "correspondences")
+    faults.refuse = lambda method, path: method == "HEAD" and "/correspondences/" in path
+    with pytest.raises(ObjectStoreError, match=rf"{part}\.parquet: OSError.*Internal Server Error"):
+        results.rows_of(root, "correspondences", part, ["a__b"])
+    fresh = tables.table_from_rows("correspondences", [])
+    with pytest.raises(ObjectStoreError, match=part):
+        results.merge_rows(root, "correspondences", part, fresh, ["a__b"])
+
+
 def test_a_subject_whose_marker_was_not_written_is_absent_and_done_again(
     faults: object_server.Faults, cohort: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,13 +202,41 @@ def test_doctor_tries_the_object_store(server: object_server.Faults) -> None:
     assert check_objects(place("s3://no-such-bucket/doctor")).state == "fail"
 
 
-@pytest.mark.parametrize("command", [["report"], ["query", "--pair", "a__b"], ["atlas"]])
+def test_doctor_leaves_no_probe_where_it_may_not_list(faults: object_server.Faults) -> None:
+    root = place(f"s3://{object_server.BUCKET}/unlisted")
+    faults.refuse = lambda method, path: method == "GET" and path == f"/{object_server.BUCKET}"
+    assert check_objects(root).state == "fail"
+    faults.refuse = lambda method, path: False
+    assert places.names(root) == []
+
+
+def test_an_object_without_credentials_is_a_failed_check(
+    server: object_server.Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    _forget_clients()
+    try:
+        check = check_uri(f"s3://{object_server.BUCKET}/a.nii.gz")
+    finally:
+        _forget_clients()
+    assert check.state == "fail"
+    assert "could not be fetched (NoCredentialsError" in check.found
+
+
+def _forget_clients() -> None:
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize("command", [["report"], ["query", "--subject", "a"], ["atlas"]])
 def test_other_commands_say_what_takes_a_url(command: list[str]) -> None:
     done = CliRunner().invoke(app, [command[0], "s3://bucket/study", *command[1:]])
     assert done.exit_code == 2
-    if command[0] == "report":
-        assert "needs a folder, not s3://bucket/study" in done.output
-        assert "aws s3 sync" in done.output
+    assert "needs a folder, not s3://bucket/study" in done.output
+    assert "aws s3 sync" in done.output
 
 
 def test_status_and_run_take_a_url(study: str, cohort: Path) -> None:
@@ -198,9 +247,70 @@ def test_status_and_run_take_a_url(study: str, cohort: Path) -> None:
     assert "hidden-word" not in refused.output
 
 
-def test_secrets_stay_out_of_the_study(study: str) -> None:
-    folder = StudyFolder(study_root(study))
-    for name in ("run.yaml", "plan.json"):
-        text = places.read_bytes(folder.root / name).decode()
-        assert "testing-key" not in text
-        assert "not-a-secret-at-all" not in text
+def _command_lines(session: int) -> Iterator[str]:
+    """Those of the processes of a session, as everybody sees them by ps."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getsid(int(entry.name)) == session:
+                yield (entry / "cmdline").read_text(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+
+
+def _shown(command: Sequence[str | Path]) -> tuple[int, str]:
+    """Exit code of a command, and whatever it printed or showed as a command line of a process."""
+    lines: set[str] = set()
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command, env=phantoms.environment(), stdout=output, stderr=output, start_new_session=True
+        )
+        while process.poll() is None:
+            lines.update(_command_lines(process.pid))
+            time.sleep(0.1)
+        output.seek(0)
+        return process.returncode, "\n".join([output.read(), *lines])
+
+
+def _kept(study: str) -> str:
+    """All texts that a study keeps."""
+    root = study_root(study)
+    records = [places.read_bytes(root / name).decode() for name in ("run.yaml", "plan.json", ".digests.json")]
+    return "\n".join([*records, *(str(tables.read_table(root, name).to_pylist()) for name in ("failures", "runs"))])
+
+
+ONE_ATTEMPT = (
+    "from storage import places; places.S3_SETTINGS['retries'] = {'max_attempts': 1}; "
+    "from pipeline.cli import main; main()"
+)
+
+
+def test_a_run_that_fails_shows_no_secret(faults: object_server.Faults, cohort: Path) -> None:
+    url = f"s3://{object_server.BUCKET}/secret/study"
+    faults.refuse = lambda method, path: method == "PUT" and path.endswith(f"/{subject_key('b')}/zarr.json")
+    options = ("run", "--cohort", cohort, "--out", url, "--executor", "serial", "--until", "match")
+    code, shown = _shown([sys.executable, "-c", ONE_ATTEMPT, *map(str, options)])
+    kept = _kept(url)
+    assert code == 1, shown
+    assert "encode: b failed" in shown
+    for text in (shown, kept):
+        assert "injected, ('***', '***')" in text
+        assert not [secret for secret in object_server.SECRETS if secret in text]
+    faults.refuse = lambda method, path: method == "PUT" and "/rois/" in path
+    code, shown = _shown([sys.executable, "-c", ONE_ATTEMPT, *map(str, options)])
+    assert code == 1, shown
+    assert "injected, ('***', '***')" in shown
+    assert not [secret for secret in object_server.SECRETS if secret in shown]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_workers_write_to_the_store_and_show_no_secret(
+    faults: object_server.Faults, cohort: Path, local: dict[str, Any]
+) -> None:
+    url = f"s3://{object_server.BUCKET}/ray/study"
+    settings = ("--set", f"fit={json.dumps(phantoms.QUICK_FIT)}", "--executor", "ray", "--workers", "2")
+    code, shown = _shown(phantoms.command("run", "--cohort", cohort, "--out", url, *settings))
+    assert code == 0, shown
+    assert _tables(url) == local
+    assert "raylet" in shown
+    assert not [secret for secret in object_server.SECRETS if secret in shown + _kept(url)]

@@ -16,9 +16,11 @@ from pipeline.algorithms.prototypes import PrototypeConfig
 from pipeline.algorithms.rois import RoiConfig
 from pipeline.algorithms.tracks import TrackConfig
 from pipeline.algorithms.warp import affine_ddf
+from pipeline.config import make_config
 from pipeline.dispatch import Failure
+from pipeline.folder import StudyFolder
 from pipeline.keys import PlannedPair
-from pipeline.stages import match
+from pipeline.stages import fit, match
 from pipeline.stages.evaluate import Reference, evaluate
 from pipeline.stages.prototypes import NoRoiError, PrototypeUnit, run_unit
 from pipeline.stages.roi_sets import SubjectRois, read_rois
@@ -232,3 +234,15 @@ def test_merging_replaces_the_rows_of_its_pairs_only(tmp_path: Path) -> None:
     results.merge_rows(tmp_path, "metrics", "p", fresh, ["a", "b"])
     rows = tables.read_table(tmp_path, "metrics").to_pylist()
     assert [(row["pair"], row["key"]) for row in rows] == [("a", "k"), ("b", "new"), ("c", "k")]
+
+
+def test_a_pair_whose_matches_are_gone_fails_where_one_without_matches_does_not(tmp_path: Path) -> None:
+    pairs = (PlannedPair("lost", "a", "b", "m", "f", "p"), PlannedPair("none", "b", "a", "m", "f", "p"))
+    known = [{"pair": "none", "moving": "b", "fixed": "a", "key": "m"}]
+    tables.write_part(tmp_path, "unmatched", "p", tables.table_from_rows("unmatched", known))
+    folder, unit = StudyFolder(tmp_path), fit.FitUnit("p.0", "p", pairs, {}, (None, None))
+    lost, none = fit.run_unit(folder, folder.store, make_config({}), unit)
+    assert isinstance(lost, Failure)
+    assert "deleted meanwhile" in lost.message
+    assert isinstance(none, Failure)
+    assert "encode it first" in none.message

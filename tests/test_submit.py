@@ -50,7 +50,16 @@ def test_secrets_are_not_sent(text: str) -> None:
         submit.check_environment([f"WHERE={text}"])
 
 
-@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "DB_PASSWORD", "GOOGLE_CREDENTIALS"])
+def test_a_configuration_with_a_secret_is_not_sent(tmp_path: Path) -> None:
+    config = tmp_path / "my.yaml"
+    config.write_text("segmenter: {name: sam_vit_b, checkpoint: 's3://key:hid/den@bucket/w.pth'}\n")
+    with pytest.raises(submit.SubmitError, match=r"my\.yaml holds a secret") as caught:
+        submit.pack(tmp_path / "sent", config)
+    assert "den@" not in str(caught.value)
+    assert not (tmp_path / "sent").exists()
+
+
+@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "DB_PASSWD", "AZURE_CONNECTION_STRING"])
 def test_variables_named_as_secrets_are_refused(name: str) -> None:
     with pytest.raises(submit.SubmitError, match=f"--env {name} looks like a secret") as caught:
         submit.check_environment([f"{name}=hidden"])

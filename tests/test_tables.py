@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import errno
+import fcntl
 import os
 import resource
 import subprocess
@@ -185,7 +187,15 @@ except OSError as error:
     assert os.listdir(tmp_path / "failures") == []
 
 
-def test_what_a_killed_writer_left_is_cleared_and_a_living_one_kept(tmp_path):
+def _flock_of_nfs(descriptor, operation, flock=fcntl.flock):
+    if operation & fcntl.LOCK_EX and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    flock(descriptor, operation)
+
+
+@pytest.mark.parametrize("flock", [fcntl.flock, _flock_of_nfs], ids=["local", "nfs"])
+def test_what_a_killed_writer_left_is_cleared_and_a_living_one_kept(tmp_path, monkeypatch, flock):
+    monkeypatch.setattr(fcntl, "flock", flock)
     code = f"""
 import os, signal
 from pathlib import Path

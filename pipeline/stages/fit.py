@@ -17,6 +17,7 @@ from pipeline.algorithms.metrics import log_jacobian
 from pipeline.algorithms.warp import affine_ddf
 from pipeline.config import StudyConfig
 from pipeline.dispatch import Failure, Task, attempt
+from pipeline.errors import StudyError
 from pipeline.folder import StudyFolder
 from pipeline.keys import PlannedPair
 from pipeline.stages.evaluate import WORSE_THAN_AFFINE, Reference, Row, evaluate
@@ -123,6 +124,7 @@ def run_unit(
     """Fit and evaluate each pair; its metrics rows, or the Failure, of each."""
     names = [pair.pair for pair in unit.pairs]
     matches = results.rows_of(folder.root, "correspondences", unit.part, names)
+    lost = results.lost_pairs(folder.root, unit.part, matches)
 
     @lru_cache(maxsize=2 * len(unit.pairs))
     def reference(name: str) -> Reference:
@@ -133,6 +135,8 @@ def run_unit(
         return read_intensities(unit.subjects[name], config.input)
 
     def prepare(item: _PairUnit) -> _Prepared:
+        if item.unit in lost:
+            raise StudyError("neither matches nor a row in unmatched/, deleted meanwhile? Run the same command again")
         return _prepare(store, item)
 
     def finish(fitted: _Fitted) -> list[Row]:
