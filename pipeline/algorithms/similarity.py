@@ -22,6 +22,7 @@ Float = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 Index = npt.NDArray[np.int64]
 Band: TypeAlias = tuple[slice, slice]
+Span: TypeAlias = tuple[float, float]
 Kind = Literal["cosine", "centred", "minmax"]
 
 _BLOCK_ROWS = 60
@@ -39,10 +40,12 @@ class Similarities:
     Attributes:
         bands: rows and columns of each block; no row in two of them.
         blocks: float32 [rows, columns], up to 1; at most 0 for negative cosines and outside the window.
+        span: smallest and largest cosine, which "minmax" has stretched to 0..1; None for the other kinds.
     """
 
     bands: Sequence[Band]
     blocks: Sequence[Float]
+    span: Span | None = None
 
     def above(self, least: float, gate: Gate | None = None) -> tuple[Index, Index, Float]:
         """Row, column and value of what exceeds `least` >= 0, of the pairs that the gate lets through if there is one.
@@ -67,7 +70,9 @@ class Similarities:
         return np.asarray(value - np.minimum(other, 1), np.float32)
 
 
-def compare(moving: Float, fixed: Float, kind: Kind, bands: Sequence[Band] | None = None) -> Similarities:
+def compare(
+    moving: Float, fixed: Float, kind: Kind, bands: Sequence[Band] | None = None, span: Span | None = None
+) -> Similarities:
     """Similarity of the pairs of prototypes (Eq. 6).
 
     Args:
@@ -78,6 +83,7 @@ def compare(moving: Float, fixed: Float, kind: Kind, bands: Sequence[Band] | Non
             cosines of these bands to 0..1, as Eq. 6 is written. Negative values are 0.
         bands: the window: rows, ascending and next to each other, and the columns that each is compared with; None
             is everything.
+        span: cosines that "minmax" stretches to 0 and 1, in place of the extreme ones of these bands.
     """
     if kind == "centred" and len(moving) and len(fixed):
         middle = (moving.mean(axis=0) + fixed.mean(axis=0)) / 2
@@ -94,8 +100,8 @@ def compare(moving: Float, fixed: Float, kind: Kind, bands: Sequence[Band] | Non
             windows.append(lines[:, columns.start - left : columns.stop - left])
         found.append((band, block))
     if kind == "minmax":
-        _stretch([window for window in windows if window.size])
-    return Similarities([band for band, _ in found], [block for _, block in found])
+        span = _stretch([window for window in windows if window.size], span)
+    return Similarities([band for band, _ in found], [block for _, block in found], span)
 
 
 def _grouped(bands: Sequence[Band]) -> Iterator[list[Band]]:
@@ -110,13 +116,16 @@ def _grouped(bands: Sequence[Band]) -> Iterator[list[Band]]:
         yield group
 
 
-def _stretch(windows: Sequence[Float]) -> None:
-    """Map the range of all values to 0..1, in place."""
-    low = min((float(window.min()) for window in windows), default=0.0)
-    high = max((float(window.max()) for window in windows), default=1.0)
+def _stretch(windows: Sequence[Float], span: Span | None) -> Span:
+    """Map a span, or else the range of all values, to 0..1, in place; the span."""
+    low, high = span or (
+        min((float(window.min()) for window in windows), default=0.0),
+        max((float(window.max()) for window in windows), default=1.0),
+    )
     for window in windows:
         window -= np.float32(low)
         window /= np.float32(max(high - low, 1e-6))
+    return low, high
 
 
 def impossible_pairs(
