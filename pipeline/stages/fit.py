@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from storage.embeddings import EmbeddingStore, SubjectEmbedding
 from storage.geometry import Geometry, moving_to_fixed
 from storage.images import read_image, read_labels, to_uint8
 from storage.landmarks import read_landmarks
+from storage.places import remove
 from storage.transforms import make_transform, read_transform, write_transform
 from storage.warping import from_analysis, write_image
 
@@ -252,6 +254,7 @@ def _finish(
             result = replace(result, damped=result.damped or damped)
         seconds_refine = time.perf_counter() - start
     rows = evaluate(known_fixed, known_moving, result, refined, rois)
+    held_out = held_out_columns(rois, fit, Grids(*grids), config.evaluate.pseudo_folds, here.has_spacing)
     inverted = _write(folder, config, pair, result, refined, here, there)
     shared = {
         "pair": pair.pair,
@@ -261,7 +264,7 @@ def _finish(
         "n_slices": len({z for pair in rois for z in slices(pair.fixed)}),
         "fallback": result.fallback,
         "flag": _flag(rows[0], result, labels_in_fit(item.matches, rois, known_fixed, known_moving), inverted),
-        **held_out_columns(rois, fit, Grids(*grids), config.evaluate.pseudo_folds, here.has_spacing),
+        **held_out,
         "seconds_match": item.seconds_match,
         "seconds_fit": fitted.seconds,
         "seconds_refine": seconds_refine,
@@ -280,7 +283,7 @@ def _write(
     here: Geometry,
     there: Geometry,
 ) -> Inverted | None:
-    """Write the files of a pair where they are kept, and check and invert its field if asked to."""
+    """Write the files of a pair where they are kept, and check and invert its field if asked to; all files or none."""
     outputs = config.outputs() if folder.keep_transforms else ()
     paths = {name: folder.output(name, pair.pair) for name in outputs}
     signature = {"pair": pair.pair, "moving": pair.moving, "fixed": pair.fixed, "key": pair.fit_key}
@@ -288,16 +291,21 @@ def _write(
     if refined is not None:
         lattice = refined - affine_ddf(result.affine, here.shape, here.spacing_mm)
         field = (result.affine, lattice, here.spacing_mm, here)
-    if "transforms" in paths:
-        write_transform(paths["transforms"], *field, signature, there)
-    if "jacobians" in paths:
-        logarithm = log_jacobian(result.ddf if refined is None else refined, here.spacing_mm)
-        write_image(from_analysis(logarithm.astype(np.float32), here), paths["jacobians"])
-    if not config.fit.diffeomorphic:
-        return None
-    stored = read_transform(paths["transforms"]) if paths else make_transform(*field, there)
-    exchanged = {**signature, "moving": pair.fixed, "fixed": pair.moving}
-    return invert_transform(stored, here, there, paths.get("inverses"), exchanged)
+    inverted = None
+    with ExitStack() as unfinished:
+        for path in paths.values():
+            unfinished.callback(remove, path)
+        if "transforms" in paths:
+            write_transform(paths["transforms"], *field, signature, there)
+        if "jacobians" in paths:
+            logarithm = log_jacobian(result.ddf if refined is None else refined, here.spacing_mm)
+            write_image(from_analysis(logarithm.astype(np.float32), here), paths["jacobians"])
+        if config.fit.diffeomorphic:
+            stored = read_transform(paths["transforms"]) if paths else make_transform(*field, there)
+            exchanged = {**signature, "moving": pair.fixed, "fixed": pair.moving}
+            inverted = invert_transform(stored, here, there, paths.get("inverses"), exchanged)
+        unfinished.pop_all()
+    return inverted
 
 
 def _flag(mean: Row, result: FitResult, in_fit: bool, inverted: Inverted | None) -> str:
