@@ -11,6 +11,7 @@ from pipeline.algorithms import ellipses
 from pipeline.algorithms.affine import consensus_affine, ridge_affine, robust_affine
 from pipeline.algorithms.consistency import SpatialConfig
 from pipeline.algorithms.matching import MatchConfig, RoiSet, match
+from pipeline.algorithms.similarity import Similarities
 
 PAPER = MatchConfig(
     epsilon=0.8, scope="window", slice_range=11, slice_unit="slices", spatial=SpatialConfig(enabled=False)
@@ -275,4 +276,5 @@ def test_ellipse_overlap() -> None:
     assert 0 < apart[0] < 0.1
     for shift, near in ((30.0, False), (1.0, True)):
         gate = ellipses.Gate.between(here, spread, here + shift, spread, 0.2)
-        assert gate.may_overlap(slice(None), slice(None)).tolist() == [[near]]
+        alone = Similarities([(slice(0, 1), slice(0, 1))], [np.ones((1, 1), np.float32)])
+        assert len(alone.above(0.5, gate)[0]) == near

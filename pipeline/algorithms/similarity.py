@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from pipeline.algorithms import match_loops
 from pipeline.algorithms.ellipses import Gate
+from pipeline.algorithms.prototypes import unit_norm
 
 Float = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -87,7 +88,7 @@ def compare(
     """
     if kind == "centred" and len(moving) and len(fixed):
         middle = (moving.mean(axis=0) + fixed.mean(axis=0)) / 2
-        moving, fixed = (_unit(values - middle) for values in (moving, fixed))
+        moving, fixed = (unit_norm(values - middle) for values in (moving, fixed))
     found: list[tuple[Band, Float]] = []
     windows: list[Float] = []
     for members in _grouped(bands or [(slice(0, len(moving)), slice(0, len(fixed)))]):
@@ -170,7 +171,3 @@ def calibrated_epsilon(similarity: Float, possible: Mask, impossible: Mask, fals
     expected = counts[1] / counts[1][0] * counts[0][0]
     good = np.flatnonzero((expected <= false_discovery * counts[0]) & (counts[0] > 0))
     return float(good[0] / _STEPS) if len(good) else 1.0
-
-
-def _unit(values: Float) -> Float:
-    return np.asarray(values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-8), np.float32)
