@@ -60,6 +60,8 @@ class ComponentTreeConfig:
         if self.levels < 1 or self.even_levels < 0 or self.levels + self.even_levels > 254:
             found = f"{self.levels} and {self.even_levels}"
             raise ValueError(f"segmenter.levels and segmenter.even_levels are {found}; expected 1 to 254 together")
+        if self.max_rois < 1:
+            raise ValueError(f"segmenter.max_rois is {self.max_rois}; expected a number above 0")
 
 
 class ComponentTree:

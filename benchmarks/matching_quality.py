@@ -205,7 +205,7 @@ def main() -> None:
     config = load_config(None, ["execution.executor=serial", *options.settings])
     groups = pair_groups(options.data)
     known = {
-        name: read_known(folder, labels, options.out / accuracy.subject_name(name.replace(" ", "_")), config)
+        name: read_known(folder, labels, options.out / accuracy.slug(name), config)
         for name, (folder, _, labels) in groups.items()
     }
     heads = ("precision", "recall", "matches", "ms", *(("Dice",) if options.fit else ()))

@@ -92,7 +92,7 @@ def fit_all(options: argparse.Namespace, out: Path) -> dict[str, float]:
     """Mean Dice of each group of pairs of accuracy.py."""
     dice = {}
     for name, (folder, rows) in accuracy.groups(options.data).items():
-        place = out / accuracy.subject_name(name.replace(" ", "_"))
+        place = out / accuracy.slug(name)
         found = accuracy.run_group(folder, rows, place, options.settings)
         dice[name] = float(np.mean([row["dice"] for row in found]))
     return dice

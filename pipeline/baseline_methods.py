@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
-from pipeline.baseline_images import PairImages, Registered
 from pipeline.errors import UsageError
 from storage.image_files import content_digest
 
+if TYPE_CHECKING:  # loads SimpleITK, which naming the methods does not need
+    from pipeline.baseline_images import PairImages, Registered
+
 VERSION = "1"  # of what this program itself does; a change makes every baseline again
-Register = Callable[[PairImages], Registered]
+Register: TypeAlias = "Callable[[PairImages], Registered]"
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ NETWORK = "torchscript"
 METHODS = {
     **{name: Method(f"{_ITK}:{name}") for name in ("identity", "centre", "moments", "affine", "bspline", "demons")},
     "ants-syn": Method(f"{_TOOLS}:ants_syn", "antspyx", get="pip install 'samreg[baselines]'"),
-    "elastix": Method(f"{_TOOLS}:elastix", "itk-elastix", get="pip install itk-elastix"),
+    "elastix": Method(f"{_TOOLS}:elastix", "itk-elastix", get="pip install 'samreg[baselines]'"),
     "niftyreg": Method(
         f"{_TOOLS}:niftyreg",
         commands=("reg_aladin", "reg_f3d", "reg_transform"),
@@ -70,20 +73,26 @@ class Baseline:
 
     Attributes:
         name: of `METHODS`.
-        network: the TorchScript file of `torchscript`.
+        network: absolute path of the TorchScript file of `torchscript`.
+        network_digest: sha256 of its bytes.
     """
 
     name: str
     network: str | None = None
+    network_digest: str | None = None
 
     def signature(self) -> dict[str, str]:
         """What its results depend on beside the images. The version of commands is not known."""
         method = METHODS[self.name]
-        weights = {} if self.network is None else {"network": content_digest(self.network)}
+        weights = {} if self.network_digest is None else {"network": self.network_digest}
         return {"method": self.name, "version": VERSION, method.package: method.installed() or "", **weights}
 
     def load(self) -> Register:
-        """The function that registers a pair."""
+        """The function that registers a pair.
+
+        Raises:
+            UsageError: when the network is not here, or no longer the one that was chosen.
+        """
         module, name = METHODS[self.name].function.split(":")
         function = getattr(importlib.import_module(module), name)
         if self.network is None:
@@ -91,7 +100,10 @@ class Baseline:
             return found
         from pipeline.baseline_network import open_network
 
-        return partial(function, open_network(self.network))
+        network = open_network(self.network)
+        if content_digest(self.network) != self.network_digest:
+            raise UsageError(f"{self.network} has changed since the call began; run the same command again")
+        return partial(function, network)
 
 
 def choose(names: Sequence[str], network: str | Path | None = None) -> tuple[Baseline, ...]:
@@ -112,8 +124,10 @@ def choose(names: Sequence[str], network: str | Path | None = None) -> tuple[Bas
     for name in asked:
         if reason := METHODS[name].missing():
             raise UsageError(f"baseline {name} cannot run here: {reason}")
-    if network is not None:
-        from pipeline.baseline_network import open_network
+    if network is None:
+        return tuple(map(Baseline, asked))
+    from pipeline.baseline_network import open_network
 
-        open_network(network)
-    return tuple(Baseline(name, str(network) if name == NETWORK else None) for name in asked)
+    open_network(network)
+    file = str(Path(network).absolute()), content_digest(network)
+    return tuple(Baseline(name, *(file if name == NETWORK else ())) for name in asked)

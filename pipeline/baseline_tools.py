@@ -23,6 +23,7 @@ from pipeline.baseline_images import (
 
 _SEED = 1
 _SHOWN = 400  # characters of what a command said
+_LIMIT_SECONDS = 4 * 3600.0
 _DISPLACEMENT = "1006"  # NIfTI's intent code, whose vectors ITK turns from RAS to LPS by itself
 
 
@@ -109,7 +110,11 @@ def _read_ras(path: Path, dimension: int) -> Any:
 
 
 def _call(command: Sequence[str | Path]) -> None:
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    words = [str(word) for word in command]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=_LIMIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise NotRegisteredError(f"{command[0]} took more than {_LIMIT_SECONDS:g} s and was stopped") from None
     if done.returncode:
         said = (done.stderr or done.stdout).strip()[-_SHOWN:]
         raise NotRegisteredError(f"{command[0]} ended with {done.returncode}: {said}")

@@ -5,8 +5,9 @@
       failures/           what failed in the latest call
 
 A row carries a key of everything that it depends on, so the same command again registers only what is missing or has
-changed. Rows of methods that are not asked for stay. The images are read anew; nothing of the study but its
-pairs and its `input` settings is used, so a study that is only planned will do as well.
+changed. Rows of methods that are not asked for stay, as do those of subjects that cannot be read for the moment. The
+images are read anew; nothing of the study but its pairs and its `input` settings is used, so that of a study made by
+`samreg run --until encode` will do.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import dataclasses
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,12 +76,13 @@ def run_baselines(
         raise UsageError(f"{root} is not a study folder: it has no run.yaml; start one with samreg run")
     given = {f"execution.{name}": value for name, value in (execution or {}).items()}
     config = with_settings(make_config(run["config"]), given)
-    out, cache = folder.root / "baselines", DigestCache(folder.root / ".digests.json")
+    out = folder.root / "baselines"
+    cache = DigestCache(out / ".digests.json", folder.root / ".digests.json")
     failures = FailureLog(out)
     with hold(out) as lock, open_executor(config.execution, lock.check) as executor:
         clear_abandoned([out / TABLE, out / "failures"])
         units = list(_plan(config, known, baselines, digest_inputs(known.subjects.values(), cache), failures))
-        missing = _missing(out, units)
+        missing = _missing(out, units, known.pairs.keys() - {unit.pair.pair for unit in units})
         done: Counter[str] = Counter()
         work = stage.task(config.input, config.execution.threads)
         try:
@@ -128,8 +130,8 @@ def _plan(
             yield stage.BaselineUnit(baseline, pair, *subjects, key)
 
 
-def _missing(out: Path, units: Sequence[stage.BaselineUnit]) -> list[stage.BaselineUnit]:
-    """Units without rows of their key; rows of pairs that are no longer asked for are dropped."""
+def _missing(out: Path, units: Sequence[stage.BaselineUnit], untouched: Set[str]) -> list[stage.BaselineUnit]:
+    """Units without rows of their key; other rows are dropped, but for those of untouched pairs."""
     wanted: dict[str, set[str]] = {unit.baseline.name: set() for unit in units}
     for unit in units:
         wanted[unit.baseline.name].add(unit.key)
@@ -144,9 +146,9 @@ def _missing(out: Path, units: Sequence[stage.BaselineUnit]) -> list[stage.Basel
             LOG.warning("%s; its rows are made again", error)
             tables.remove_part(out, TABLE, part)
             continue
-        held = table.column("key").to_pylist()
-        if not keys.issuperset(held):
-            kept = table.filter([key in keys for key in held])
+        held, pairs = (table.column(name).to_pylist() for name in ("key", "pair"))
+        kept = table.filter([key in keys or pair in untouched for key, pair in zip(held, pairs, strict=True)])
+        if kept.num_rows < table.num_rows:
             tables.write_part(out, TABLE, part, kept) if kept.num_rows else tables.remove_part(out, TABLE, part)
         found.update(held)
     return [unit for unit in units if unit.key not in found]

@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from pipeline.baseline_methods import METHODS
+
 LOG_WIDTH = 160
 
 
@@ -16,7 +18,8 @@ def baseline(
     study: Annotated[Path, typer.Argument(help="Study folder, which samreg run has written.")],
     *,
     methods: Annotated[
-        list[str], typer.Option("--method", help="Baseline, or all that can run here; repeatable.", show_default=False)
+        list[str],
+        typer.Option("--method", help=f"{', '.join(METHODS)}, or all that are here; repeatable.", show_default=False),
     ],
     network: Annotated[
         Path | None, typer.Option("--network", help="TorchScript file that predicts a field, for torchscript.")
@@ -25,7 +28,7 @@ def baseline(
     workers: Annotated[int | None, typer.Option("--workers", help="Worker processes.")] = None,
 ) -> None:
     """Register the pairs of a study with the usual tools: STUDY/baselines; exit code 1 if any failed."""
-    from pipeline.baseline_methods import METHODS, choose
+    from pipeline.baseline_methods import choose
     from pipeline.baseline_table import describe_baselines
     from pipeline.baselines import run_baselines
     from pipeline.progress import Reporter

@@ -32,7 +32,8 @@ from storage.atomic import clear_abandoned, replace_file
 from storage.cohort import Pair, Subject
 from storage.geometry import Geometry
 from storage.images import read_labels
-from storage.transforms import encode, read_transform, transform_signature
+from storage.itk_hdf5 import encode
+from storage.transforms import read_transform, transform_signature
 
 FORMATS = ("itk", "nifti", "ants", "learn2reg", *TABLE_FORMATS)
 

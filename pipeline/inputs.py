@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,17 +43,20 @@ class DigestCache:
     """Digests of files, remembered by size and modification time; of objects by size and version (ETag).
 
     A file changed within the last two seconds is never remembered: its next change might not show in its time.
+
+    Args:
+        path: of the cache.
+        others: caches that are read too and stay as they are.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *others: Path) -> None:
         self.path = path
         self._known: dict[str, list[object]] = {}
         self._used: dict[str, list[object]] = {}
-        if exists(path):
-            try:
-                self._known = json.loads(read_bytes(path))
-            except ValueError:
-                self._known = {}
+        for cache in (*others, path):
+            if exists(cache):
+                with suppress(ValueError):
+                    self._known.update(json.loads(read_bytes(cache)))
 
     def digest(self, location: str) -> str:
         """sha256 of the bytes at a path or URI.

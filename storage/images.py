@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import SimpleITK as sitk  # noqa: N813 (its own documentation's name)
 
+from storage.dicom import read_series
 from storage.geometry import FileGrid, Geometry, SliceAxis, from_file_axes
 from storage.image_files import content_digest
-from storage.integrity import check_file, not_finite
+from storage.integrity import EXPECTED, check_file, not_finite, unreadable
 from storage.sources import PICTURE_SUFFIXES, ImageError, local_copy, suffix
 
 __all__ = [
@@ -37,9 +38,7 @@ __all__ = [
     "whole_numbers",
 ]
 
-_EXPECTED = "expected NIfTI, MHA, NRRD, a DICOM series folder, PNG, JPEG or TIFF"
 _SAME_GRID = 0.1  # corners of two equal grids agree within this part of the smallest spacing
-_UNEVEN = 0.05  # DICOM slice steps may differ by this part of the mean step
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ def read_voxels(path: str | Path, frames: bool = False) -> tuple[npt.NDArray[Any
     """
     with local_copy(path) as local, quiet_itk():
         if local.is_dir():
-            image, dimension, physical = _read_series(local, path), 3, True
+            image, dimension, physical = read_series(local, path), 3, True
         else:
             image, dimension = _read_single(local, path, frames)
             physical = suffix(local) not in PICTURE_SUFFIXES
@@ -199,13 +198,13 @@ def read_voxels(path: str | Path, frames: bool = False) -> tuple[npt.NDArray[Any
 
 def _read_single(local: Path, path: str | Path, frames: bool) -> tuple[sitk.Image, int]:
     if local.stat().st_size == 0:
-        raise ImageError(f"{path}: the file is empty; {_EXPECTED}")
+        raise ImageError(f"{path}: the file is empty; {EXPECTED}")
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(local))
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     size, dimension = reader.GetSize(), reader.GetDimension()
     if min(size) < 1:
         raise ImageError(f"{path}: the image has no voxels (size {size})")
@@ -226,42 +225,8 @@ def _read_single(local: Path, path: str | Path, frames: bool) -> tuple[sitk.Imag
     try:
         image = reader.Execute()
     except RuntimeError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     return image, min(dimension, 3)
-
-
-def _read_series(folder: Path, path: str | Path) -> sitk.Image:
-    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-    if not series:
-        raise ImageError(f"{path}: folder without a DICOM series; {_EXPECTED}")
-    if len(series) > 1:
-        raise ImageError(f"{path}: {len(series)} DICOM series in one folder; give each its own folder")
-    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series[0])
-    _check_slice_steps(files, path)
-    try:
-        return sitk.ReadImage(files)
-    except RuntimeError as error:
-        raise _unreadable(path, error) from None
-
-
-def _check_slice_steps(files: tuple[str, ...], path: str | Path) -> None:
-    """ITK lays the slices of a series with a gap evenly, which moves them: refuse instead."""
-    reader, origins = sitk.ImageFileReader(), []
-    for file in files:
-        reader.SetFileName(file)
-        try:
-            reader.ReadImageInformation()
-        except RuntimeError as error:
-            raise _unreadable(path, error) from None
-        origins.append(reader.GetOrigin()[:3])
-    if len(origins) < 3:
-        return
-    steps = np.linalg.norm(np.diff(np.asarray(origins), axis=0), axis=1)
-    if np.ptp(steps) > _UNEVEN * steps.mean():
-        raise ImageError(
-            f"{path}: DICOM slices are not evenly spaced (steps {steps.min():.4g} to {steps.max():.4g} mm); "
-            "a slice may be missing or doubled"
-        )
 
 
 def _to_float(array: npt.NDArray[Any], path: str | Path) -> npt.NDArray[np.float32]:
@@ -305,12 +270,6 @@ def _grid(image: sitk.Image) -> FileGrid:
         (origin[0], origin[1], origin[2]),
         tuple(float(v) + 0.0 for v in direction.ravel()),
     )
-
-
-def _unreadable(path: str | Path, error: RuntimeError) -> ImageError:
-    if "orthonormal" in str(error):
-        return ImageError(f"{path}: the header's axes are not at right angles; resample the image")
-    return ImageError(f"{path}: not an image, or a truncated or damaged one; {_EXPECTED}")
 
 
 def _rounded(values: tuple[float, ...]) -> str:

@@ -22,6 +22,7 @@ from PIL import UnidentifiedImageError
 from storage.image_files import NIFTI_PAIRS, nifti_files
 from storage.sources import PICTURE_SUFFIXES, ImageError
 
+EXPECTED = "expected NIfTI, MHA, NRRD, a DICOM series folder, PNG, JPEG or TIFF"
 _NIFTI_SUFFIXES = (".nii", ".nii.gz", *NIFTI_PAIRS)
 _FLOATS = {16: "f4", 64: "f8", 32: "f4", 1792: "f8"}  # datatype code; complex numbers are pairs of floats
 _HEADER_BYTES = 348  # NIfTI-1 and Analyze; ITK does not read NIfTI-2
@@ -135,3 +136,10 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
 def _is_gzip(path: Path) -> bool:
     with path.open("rb") as stream:
         return stream.read(2) == b"\x1f\x8b"
+
+
+def unreadable(path: str | Path, error: RuntimeError) -> ImageError:
+    """What to say of a file that ITK cannot read, without what ITK quotes of its header."""
+    if "orthonormal" in str(error):
+        return ImageError(f"{path}: the header's axes are not at right angles; resample the image")
+    return ImageError(f"{path}: not an image, or a truncated or damaged one; {EXPECTED}")

@@ -33,13 +33,15 @@ def read_landmarks(path: str | Path, geometry: Geometry) -> Points:
     wanted = _choose_columns(columns, geometry, path)
     points = np.zeros((len(rows), 3))
     for row, (line, cells) in enumerate(rows):
+        if not any(cells[columns.index(name)] for name in wanted if columns.index(name) < len(cells)):
+            raise ImageError(f"{path}, line {line}: empty, no position there; remove the row in both files")
         for axis, name in enumerate(wanted):
             try:
                 points[row, axis] = float(cells[columns.index(name)])
             except (ValueError, IndexError):
                 raise ImageError(f"{path}, line {line}: column {name} is not a number") from None
-    if not np.isfinite(points).all():
-        raise ImageError(f"{path}: a coordinate is NaN or infinite")
+        if not np.isfinite(points[row]).all():
+            raise ImageError(f"{path}, line {line}: a coordinate is NaN or infinite")
     if wanted[0] == "i" or not geometry.has_spacing:
         return voxels_to_local(points, geometry)
     return world_to_local(points, geometry)
@@ -108,7 +110,7 @@ def _read_csv(path: str | Path) -> tuple[list[str], list[tuple[int, list[str]]]]
                 table = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
         except (UnicodeDecodeError, csv.Error):
             raise ImageError(f"{path}: not a UTF-8 CSV file of landmarks") from None
-    rows = [(line, cells) for line, cells in table[1:] if any(cells)]
+    rows = [(line, cells) for line, cells in table[1:] if any(cells) or len(cells) > 1]
     if not rows:
         raise ImageError(f"{path}: no landmarks; expected a header line and one line per point")
     return [name.lower() for name in table[0][1]], rows

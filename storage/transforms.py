@@ -13,27 +13,22 @@ counts. A 2D file gives a 2D transform. The signature lies in the same file.
 
 from __future__ import annotations
 
-import io
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
 from storage.atomic import replace_file
 from storage.geometry import Affine, Geometry, Triple
-from storage.places import ObjectStoreError, exists, place, read_bytes
-from storage.sources import is_remote
+from storage.itk_hdf5 import decode, encode, signature_of
+from storage.places import ObjectStoreError, exists, place
 
 Array = npt.NDArray[np.float64]
 
 ROUNDING = 2.0**-10  # of the smallest voxel edge, which is taken down to a power of two
-_CHUNK = 1 << 16
-_SIGNATURE = "SamregSignature"
 _SAME_PLACE = 1e-3  # of a voxel edge
 
 
@@ -221,8 +216,7 @@ def read_transform(path: str | Path) -> Transform:
     if not exists(place(path)):
         raise FileNotFoundError(f"{path}: no such transform")
     try:
-        with _open(path) as file:
-            return _decode(file)
+        return Transform(*decode(path))
     except (PermissionError, ObjectStoreError):
         raise
     except (OSError, KeyError, ValueError):
@@ -245,43 +239,11 @@ def read_ddf(path: str | Path, geometry: Geometry, moving: Geometry | None = Non
 def transform_signature(path: str | Path) -> dict[str, Any] | None:
     """Signature of a transform, None when there is none that is whole; the field is not read."""
     try:
-        with _open(path) as file:
-            signature: dict[str, Any] = json.loads(file[_SIGNATURE][()])
+        return signature_of(path)
     except (PermissionError, ObjectStoreError):
         raise
     except (OSError, KeyError):
         return None
-    return signature
-
-
-def _open(path: str | Path) -> h5py.File:
-    source = io.BytesIO(read_bytes(place(path))) if is_remote(path) else path
-    return h5py.File(source, "r", locking=False)
-
-
-def encode(transform: Transform, signature: dict[str, Any]) -> bytes:
-    """The `.h5` file, in ITK's HDF5 layout: the composite, then its members, of which the last is applied first."""
-    n = len(transform.origin)
-    size = transform.vectors.shape[-2::-1]
-    grid = [*size, *transform.origin, *transform.spacing, *transform.direction.ravel()]
-    linear = [*transform.affine[:-1, :-1].ravel(), *transform.affine[:-1, -1]]
-    buffer = io.BytesIO()
-    with h5py.File(buffer, "w", libver=("v108", "v108"), meta_block_size=512) as file:
-        file[_SIGNATURE] = np.bytes_(json.dumps(signature, sort_keys=True))
-        for key, text in (("HDFVersion", "1.8"), ("ITKVersion", "5.4"), ("OSName", ""), ("OSVersion", "")):
-            file[key] = _text(text)  # ITK expects them
-        members = [("CompositeTransform", None), ("AffineTransform", np.zeros(n)), ("DisplacementFieldTransform", grid)]
-        for index, (kind, fixed) in enumerate(members):
-            group = file.create_group(f"TransformGroup/{index}")
-            group["TransformType"] = _text(f"{kind}_double_{n}_{n}")
-            if fixed is not None:
-                group["TransformFixedParameters"] = np.array(fixed, dtype=np.float64)
-        file["TransformGroup/1/TransformParameters"] = np.array(linear, dtype=np.float64)
-        flat = transform.vectors.ravel()
-        file["TransformGroup/2"].create_dataset(
-            "TransformParameters", data=flat, chunks=(min(len(flat), _CHUNK),), shuffle=True, compression=4
-        )
-    return buffer.getvalue()
 
 
 def _homogeneous(transform: Transform) -> Affine:
@@ -290,22 +252,6 @@ def _homogeneous(transform: Transform) -> Affine:
     kept = [*range(len(transform.origin)), 3]
     affine[np.ix_(kept, kept)] = transform.affine
     return affine
-
-
-def _text(value: str) -> npt.NDArray[np.object_]:
-    return np.array([value.encode()], dtype=h5py.string_dtype("ascii"))
-
-
-def _decode(file: h5py.File) -> Transform:
-    linear, grid = file["TransformGroup/1"], file["TransformGroup/2"]
-    fixed = grid["TransformFixedParameters"][()]
-    n = 3 if len(fixed) == 18 else 2
-    size, origin, spacing = fixed[:n].astype(int), fixed[n : 2 * n], fixed[2 * n : 3 * n]
-    vectors = grid["TransformParameters"][()].astype(np.float32).reshape(*size[::-1], n)
-    affine = np.eye(n + 1)
-    parameters = linear["TransformParameters"][()]
-    affine[:-1, :-1], affine[:-1, -1] = parameters[: n * n].reshape(n, n), parameters[n * n :]
-    return Transform(affine, vectors, origin, spacing, fixed[3 * n :].reshape(n, n))
 
 
 def _placed(geometry: Geometry) -> tuple[Array, Array, Array]:

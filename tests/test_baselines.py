@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 from pipeline import baseline_itk, baseline_network, baseline_tools
 from pipeline.algorithms import warp
 from pipeline.baseline_images import NotRegisteredError, PairImages, affine_matrix, ddf_of_transform
-from pipeline.baseline_methods import Baseline, choose
+from pipeline.baseline_methods import METHODS, Baseline, choose
 from pipeline.baseline_table import method_rows
 from pipeline.baselines import TABLE, run_baselines
 from pipeline.cli import app
@@ -134,6 +135,15 @@ def test_ants_takes_landmarks_where_its_field_does(monkeypatch: pytest.MonkeyPat
     assert np.linalg.norm(seen[0] - points - images.moving_to_fixed[:3, 3], axis=1).mean() < 0.3
 
 
+@pytest.mark.parametrize("shape", [(1, 48, 40), pytest.param((16, 32, 28), marks=pytest.mark.slow)])
+def test_elastix_finds_a_shift(shape: tuple[int, int, int]) -> None:
+    pytest.importorskip("itk", reason="itk-elastix is not installed: pip install 'samreg[baselines]'")
+    images = shifted_pair(shape)
+    points = landmarks(images)
+    off = warp.warp_points(points, baseline_tools.elastix(images).ddf, images.here.spacing_mm) - points
+    assert np.linalg.norm(off - images.moving_to_fixed[:3, 3], axis=1).mean() < 0.3
+
+
 FAKE = """#!{python}
 import sys, numpy, nibabel
 given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
@@ -143,17 +153,17 @@ if sys.argv[0].endswith("reg_transform"):
     n = len(reference.shape)
     field = numpy.broadcast_to(numpy.array([-1.5, 3.0, 2.0], "f4")[:n], (*shape, 1, n))  # RAS
     image = nibabel.Nifti1Image(field, reference.affine)
-    image.header.set_intent("vector", name="NREG_TRANS")
+    image.header.set_intent({intent}, name="NREG_TRANS")
     nibabel.save(image, sys.argv[5])
 """
 
 
-@pytest.mark.parametrize("shape", [(6, 12, 10), (1, 12, 10)])
+@pytest.mark.parametrize(("shape", "intent"), [((6, 12, 10), 1007), ((1, 12, 10), 1007), ((6, 12, 10), 1006)])
 def test_niftyreg_displacements_are_turned_from_ras(
-    shape: tuple[int, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int], intent: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("reg_aladin", "reg_f3d", "reg_transform"):
-        (tmp_path / name).write_text(FAKE.format(python=sys.executable))
+        (tmp_path / name).write_text(FAKE.format(python=sys.executable, intent=intent))
         (tmp_path / name).chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     found = baseline_tools.niftyreg(shifted_pair(shape))
@@ -166,6 +176,15 @@ def test_a_command_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "reg_aladin").chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(NotRegisteredError, match="reg_aladin ended with 3: no licence"):
+        baseline_tools.niftyreg(shifted_pair((6, 12, 10)))
+
+
+def test_a_command_that_hangs_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "reg_aladin").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "reg_aladin").chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(baseline_tools, "_LIMIT_SECONDS", 0.2)
+    with pytest.raises(NotRegisteredError, match=r"reg_aladin took more than 0\.2 s"):
         baseline_tools.niftyreg(shifted_pair((6, 12, 10)))
 
 
@@ -204,6 +223,25 @@ def test_a_network_that_breaks_the_contract_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("no network")
     with pytest.raises(UsageError, match="not a TorchScript file"):
         choose(["torchscript"], tmp_path / "text.pt")
+
+
+def test_a_network_is_found_from_any_folder_and_must_stay_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported(tmp_path / "net.pt")
+    monkeypatch.chdir(tmp_path)
+    (chosen,) = choose(["torchscript"], "net.pt")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert callable(chosen.load())
+    exported(tmp_path / "net.pt", channels=2)
+    with pytest.raises(UsageError, match="has changed since"):
+        chosen.load()
+
+
+def test_help_names_the_methods() -> None:
+    shown = CliRunner().invoke(app, ["baseline", "--help"], env={"COLUMNS": "200"}).output
+    assert all(name in shown for name in METHODS)
 
 
 def test_what_cannot_run_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,6 +305,23 @@ def test_the_same_call_again_registers_what_is_missing_or_changed(study: Path) -
     assert (changed.done, changed.reused) == ({"identity": 2}, {"identity": 1})
     kept = tables.read_table(study / "baselines", TABLE, ["method", "pair", "label"]).to_pylist()
     assert len(kept) == len({tuple(row.values()) for row in kept})
+
+
+def test_rows_of_a_subject_that_cannot_be_read_for_a_while_stay(study: Path) -> None:
+    serial = {"executor": "serial"}
+    for file in study.parent.glob("subject-*"):
+        os.utime(file, (1e9, 1e9))  # old enough for the cache of digests
+    (study / ".digests.json").write_text("{}")
+    run_baselines(study, choose(["identity"]), execution=serial)
+    before = tables.read_table(study / "baselines", TABLE)
+    subject = study.parent / "subject-03.nii.gz"
+    subject.rename(subject.with_suffix(".away"))
+    without = run_baselines(study, choose(["identity"]), execution=serial)
+    assert (without.done, without.reused, without.n_failures) == ({}, {"identity": 1}, 2)
+    assert tables.read_table(study / "baselines", TABLE).equals(before)
+    subject.with_suffix(".away").rename(subject)
+    assert run_baselines(study, choose(["identity"]), execution=serial).reused == {"identity": 3}
+    assert (study / ".digests.json").read_text() == "{}"
 
 
 def test_a_pair_that_fails_costs_only_itself(study: Path) -> None:

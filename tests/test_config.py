@@ -97,6 +97,15 @@ def test_a_short_pairs_word_keeps_its_other_settings() -> None:
             "'segmenter.chekpoint'; did you mean 'segmenter.checkpoint'",
         ),
         ({"match": 3}, "match: "),
+        ({"match": {"max_pairs": -1}}, "match.max_pairs is -1; expected a number of 0 or more"),
+        ({"match": {"slice_range": -1}}, "match.slice_range is -1"),
+        ({"match": {"epsilon": 75}}, r"match.epsilon is 75.*must be in \[0, 1\]"),
+        ({"match": {"spatial": {"prior_mm": 0}}}, "match.spatial.prior_mm is 0.*expected a number above 0"),
+        ({"rois": {"max_per_slice": -1}}, "rois.max_per_slice is -1"),
+        ({"segmenter": {"max_rois": -1}}, "segmenter.max_rois is -1"),
+        ({"fit": {"affine_prior_mm": 0}}, "fit.affine_prior_mm is 0.*expected a number above 0"),
+        ({"fit": {"smoothness": -1}}, "fit.smoothness is -1.*expected a number of 0 or more"),
+        ({"fit": {"levels": [{"stride": 2, "control": 4, "tau": 0, "iterations": 4}]}}, "fit.levels.tau is 0"),
     ],
 )
 def test_what_is_wrong_is_named(given: dict[str, object], message: str) -> None:

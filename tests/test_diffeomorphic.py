@@ -12,8 +12,9 @@ import SimpleITK as sitk  # noqa: N813
 from PIL import Image as Picture
 
 from pipeline.algorithms import metrics
+from pipeline.algorithms.inverse import NotInvertedError
 from pipeline.config import make_config
-from pipeline.folder import StudyFolder
+from pipeline.folder import OUTPUTS, StudyFolder
 from pipeline.progress import SilentReporter
 from pipeline.stages.inverse import invert_transform, without_folds
 from pipeline.status import read_status
@@ -132,6 +133,19 @@ def test_a_map_never_outlives_its_fit(cohort: Path, tmp_path: Path) -> None:
     assert row["roi_dice"] is not None
     assert fitted(run(cohort, folder.root, phantoms.QUICK_FIT)) == 2
     assert read_status(folder.root).complete
+
+
+@pytest.mark.parametrize("step", ["pipeline.stages.fit.invert_transform", "pipeline.stages.fit.write_image"])
+def test_a_pair_that_fails_leaves_no_file(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def fail(*given: Any) -> None:
+        raise NotInvertedError("the field as written folds")
+
+    monkeypatch.setattr(step, fail)
+    folder = StudyFolder(tmp_path / "study")
+    assert run(cohort, folder.root, {**phantoms.QUICK_FIT, "diffeomorphic": True}).n_failures == 2
+    assert [path for name in OUTPUTS for path in (folder.root / name).glob("*")] == []
 
 
 def test_pictures_are_inverted_in_pixels(tmp_path: Path) -> None:

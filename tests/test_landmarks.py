@@ -63,7 +63,9 @@ def test_real_landmarks_lie_on_the_picture(shared_data, tmp_path):
         ("", "no landmarks"),
         ("x,y,z\n1,2,3\n1,two,3\n", "line 3: column y is not a number"),
         ("x,y,z\n1,2\n", "line 2: column z"),
-        ("x,y,z\n1,2,nan\n", "NaN"),
+        ("x,y,z\n1,2,3\n1,2,nan\n", "line 3: a coordinate is NaN"),
+        ("x,y,z\n1,2,3\n,,\n4,5,6\n", "line 3: empty, no position there; remove the row in both files"),
+        ("name,x,y,z\na,1,2,3\nb,,,\n", "line 3: empty, no position"),
         ("\x00\xff\xfe", "landmarks"),
     ],
 )

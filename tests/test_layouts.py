@@ -105,6 +105,36 @@ def test_mnms_keeps_the_good_hearts(tmp_path: Path) -> None:
     assert "the table gives '' for ES, not a frame" in "\n".join(read("mnms", root).problems)
 
 
+def test_two_tables_of_hearts_above_the_folder_are_refused(tmp_path: Path) -> None:
+    root = public_data.mnms(tmp_path / "OpenDataset", ["A0S9V9"])
+    table = next(root.glob("*.csv"))
+    shutil.copy(table, table.with_stem(f"{table.stem}_2"))
+    with pytest.raises(CohortError, match=r"2 times table .*\.\./\.\./211230_M&Ms"):
+        read("mnms", root / "Training" / "Labeled")
+
+
+def test_a_frame_that_cannot_be_written_is_an_error_of_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: object, **more: object) -> None:
+        raise RuntimeError("ITK says little")
+
+    root = public_data.mnms(tmp_path / "OpenDataset")
+    monkeypatch.setattr("SimpleITK.WriteImage", fail)
+    with pytest.raises(OSError, match="A0S9V9_ED"):
+        read("mnms", root)
+
+
+@pytest.mark.parametrize("name", ["mnms", "learn2reg", "fire"])
+def test_hidden_files_are_none_of_the_data(tmp_path: Path, name: str) -> None:
+    root = getattr(public_data, name)(tmp_path / name)
+    before = read(name, root)
+    for path in [path for path in root.rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(b"resource fork")
+    after = read(name, root)
+    assert (after.subjects, after.pairs, after.problems) == (before.subjects, before.pairs, before.problems)
+
+
 def test_learn2reg(tmp_path: Path) -> None:
     found = read("learn2reg", public_data.learn2reg(tmp_path / "LungCT"))
     assert names(found) == [f"LungCT_000{case}_000{time}" for case in (1, 2) for time in (0, 1)]
@@ -114,6 +144,15 @@ def test_learn2reg(tmp_path: Path) -> None:
     assert np.allclose(landmarks(found, "LungCT_0002_0001"), [[1, 21, 10.5], [2, 12.25, 30]])
     training = read("learn2reg", tmp_path / "LungCT", "training").pairs
     assert [pair.moving for pair in training] == ["LungCT_0001_0001"]
+
+
+def test_learn2reg_images_in_a_folder_of_any_name_are_not_their_own_labels(tmp_path: Path) -> None:
+    root = public_data.learn2reg(tmp_path / "LungCT")
+    (root / "imagesTr").rename(root / "scans")
+    listing = next(root.glob("*_dataset.json"))
+    listing.write_text(listing.read_text().replace("imagesTr", "scans"))
+    found = read("learn2reg", root)
+    assert [bool(subject.label) for subject in found.subjects] == [True, True, False, False]  # as far as listed
 
 
 def test_learn2reg_mistakes(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pipeline.algorithms import ellipses
 from pipeline.algorithms.affine import consensus_affine, ridge_affine, robust_affine
 from pipeline.algorithms.consistency import SpatialConfig
 from pipeline.algorithms.matching import MatchConfig, RoiSet, match
+from pipeline.algorithms.similarity import Similarities
 
 PAPER = MatchConfig(
     epsilon=0.8, scope="window", slice_range=11, slice_unit="slices", spatial=SpatialConfig(enabled=False)
@@ -174,6 +175,32 @@ def test_hybrid_gives_the_surplus_slices_of_one_stack_a_partner() -> None:
     assert all(i % 6 == j % 6 for i, j in more)
 
 
+def test_hybrid_leaves_nested_rois_of_a_slice_alone() -> None:
+    coarse, fine = stacked(0, 6), stacked(0, 6)
+    arrays = {n: np.repeat(getattr(fine, n), 3, axis=0) for n in ("prototypes", "slice", "centroid_mm", "area_mm2")}
+    scale = np.tile([1.0, 0.9, 0.8], len(fine.slice))[:, None]
+    nested = RoiSet(
+        covariance_mm2=np.repeat(fine.covariance_mm2, 3, axis=0) * scale,
+        n_slices=6,
+        **arrays,  # type: ignore[arg-type]
+    )
+    for moving, fixed in ((coarse, nested), (nested, coarse)):
+        found = match(moving, fixed, np.eye(4), MatchConfig(one_to_one="hybrid"))
+        i, j = found.moving_index, found.fixed_index
+        for roi, slices in ((i, fixed.slice[j]), (j, moving.slice[i])):
+            assert len(set(zip(roi.tolist(), slices.tolist(), strict=True))) == len(roi)
+            assert np.bincount(roi).max() <= 2
+
+
+@pytest.mark.parametrize("spatial", [True, False])
+def test_two_rois_that_look_alike_are_not_trusted_as_labels_are(spatial: bool) -> None:
+    moving, fixed = rois([angle(0), angle(90)], [0, 1]), rois([angle(5), angle(95)], [0, 1])
+    found = match(moving, fixed, np.eye(4), MatchConfig(spatial=SpatialConfig(enabled=spatial)))
+    assert len(found.similarity) == 2
+    assert found.similarity.min() > 0.99
+    assert found.confidence.max() < (0.5 if spatial else 0.99)
+
+
 def test_rois_out_of_order_are_refused() -> None:
     with pytest.raises(ValueError, match="order of their slices"):
         pairs(rois([angle(0), angle(1)], [1, 0]), rois([angle(0)], [0]), PAPER)
@@ -249,4 +276,5 @@ def test_ellipse_overlap() -> None:
     assert 0 < apart[0] < 0.1
     for shift, near in ((30.0, False), (1.0, True)):
         gate = ellipses.Gate.between(here, spread, here + shift, spread, 0.2)
-        assert gate.may_overlap(slice(None), slice(None)).tolist() == [[near]]
+        alone = Similarities([(slice(0, 1), slice(0, 1))], [np.ones((1, 1), np.float32)])
+        assert len(alone.above(0.5, gate)[0]) == near

@@ -11,19 +11,17 @@ from pipeline.algorithms.ddf import FitResult
 from pipeline.algorithms.pseudo_rois import (
     INSIDE,
     SAME,
-    Grids,
-    carry,
     evaluate_held_out,
     folds,
     overlaps,
     summarise,
 )
-from pipeline.algorithms.roi_fields import Roi, RoiPair
+from pipeline.algorithms.roi_fields import Problem, Roi, RoiPair
+from pipeline.algorithms.roi_overlap import carry
 from pipeline.algorithms.warp import affine_ddf
 
 SHAPE = (4, 24, 24)
 SPACING = (5.0, 2.0, 1.0)
-GRIDS = Grids(SHAPE, SPACING, SPACING, np.eye(4))
 
 
 def _box(z: int, y: int, x: int, height: int, width: int, depth: int = 1) -> Roi:
@@ -34,6 +32,10 @@ def _whole(roi: Roi) -> np.ndarray:
     mask = np.zeros(SHAPE, bool)
     mask[tuple(slice(o, o + n) for o, n in zip(roi.offset, roi.mask.shape, strict=True))] = roi.mask
     return mask
+
+
+def _problem(pairs: list[RoiPair]) -> Problem:
+    return Problem(pairs, SHAPE, SPACING, SPACING, np.eye(4))
 
 
 def _translation(z: float, y: float, x: float) -> FitResult:
@@ -83,11 +85,11 @@ def test_the_fit_sees_neither_the_roi_nor_its_near_duplicates() -> None:
     pairs = [*far, *twice, nested, other_slice]
     seen: list[set[int]] = []
 
-    def fit(kept: list[RoiPair]) -> FitResult:
-        seen.append({next(k for k, pair in enumerate(pairs) if pair is one) for one in kept})
+    def fit(kept: Problem) -> FitResult:
+        seen.append({next(k for k, pair in enumerate(pairs) if pair is one) for one in kept.pairs})
         return _translation(0, 0, 0)
 
-    rows = evaluate_held_out(pairs, fit, GRIDS, 99)
+    rows = evaluate_held_out(_problem(pairs), fit, 99)
     assert sorted(int(row["pair"]) for row in rows) == list(range(6))
     assert seen == [{1, 2, 3, 4, 5}, {0, 2, 3, 4, 5}, {0, 1, 5}, {0, 1, 5}, {0, 1, 2, 3, 4}]
 
@@ -102,7 +104,8 @@ def test_a_single_roi_cannot_be_held_out() -> None:
     pair = RoiPair(_box(0, 2, 2, 5, 5), _box(0, 2, 2, 5, 5))
     assert list(folds([pair, pair], 2)) == []
     assert list(folds([], 2)) == []
-    assert summarise(evaluate_held_out([pair], lambda kept: _translation(0, 0, 0), GRIDS, 2), True) == {"n_pseudo": 0}
+    nothing = evaluate_held_out(_problem([pair]), lambda kept: _translation(0, 0, 0), 2)
+    assert summarise(nothing, has_spacing=True) == {"n_pseudo": 0}
 
 
 def test_overlaps_are_those_of_the_whole_masks() -> None:
@@ -122,7 +125,7 @@ def test_a_slab_is_compared_in_plane_with_its_own_slice() -> None:
         RoiPair(_box(1, 4, 4, 6, 5), _box(3, 6, 7, 6, 5)),
         RoiPair(_box(0, 15, 15, 4, 4), _box(0, 17, 18, 4, 4)),
     ]
-    rows = evaluate_held_out(pairs, lambda kept: _translation(0, 2 * 2.0, 3 * 1.0), GRIDS, 2)
+    rows = evaluate_held_out(_problem(pairs), lambda kept: _translation(0, 2 * 2.0, 3 * 1.0), 2)
     first = next(row for row in rows if row["pair"] == 0)
     assert (first["dice"], first["tre_mm"], first["tre_vox"]) == (1.0, 0.0, 0.0)
     assert first["dice_affine"] == 1.0
@@ -136,7 +139,7 @@ def test_a_volume_is_compared_in_three_dimensions() -> None:
         RoiPair(_box(0, 4, 4, 6, 5, depth=2), _box(1, 4, 4, 6, 5, depth=2)),
         RoiPair(_box(2, 16, 16, 4, 4), _box(2, 16, 16, 4, 4)),
     ]
-    rows = evaluate_held_out(pairs, lambda kept: _translation(5.0, 0, 0), GRIDS, 2)
+    rows = evaluate_held_out(_problem(pairs), lambda kept: _translation(5.0, 0, 0), 2)
     first = next(row for row in rows if row["pair"] == 0)
     assert (first["dice_before"], first["dice"]) == (0.5, 1.0)
     assert (first["tre_mm_before"], first["tre_mm"]) == (5.0, 0.0)
@@ -144,7 +147,7 @@ def test_a_volume_is_compared_in_three_dimensions() -> None:
 
 def test_what_leaves_the_image_counts_zero_and_has_no_distance() -> None:
     pairs = [RoiPair(_box(0, 2, 2, 5, 5), _box(0, 2, 2, 5, 5)), RoiPair(_box(1, 12, 12, 5, 5), _box(1, 12, 12, 5, 5))]
-    rows = evaluate_held_out(pairs, lambda kept: _translation(0, 0, 500.0), GRIDS, 2)
+    rows = evaluate_held_out(_problem(pairs), lambda kept: _translation(0, 0, 500.0), 2)
     assert summarise(rows, has_spacing=True) == {
         "n_pseudo": 2,
         "pseudo_dice_before": 1.0,

@@ -119,6 +119,11 @@ def test_an_affine_that_mirrors_flattens_or_inflates_is_drawn_back(scales: tuple
     np.testing.assert_allclose(warp.apply_affine(found, center), warp.apply_affine(affine, center))
 
 
+def test_an_affine_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        orientation_preserving(np.full((4, 4), np.nan), np.ones(3))
+
+
 def test_a_sound_affine_stays_as_it_is() -> None:
     affine = np.diag([0.8, 1.1, 1.2, 1.0])
     found, changed = orientation_preserving(affine, np.ones(3))

@@ -62,6 +62,14 @@ def test_pairs_of_a_band_are_those_of_the_whole_matrix() -> None:
     np.testing.assert_allclose(found.margin(*best, full[best]), expected_margin, atol=1e-6)
 
 
+def test_pairs_outside_the_window_are_stretched_as_those_inside() -> None:
+    moving, fixed = (unit(np.random.default_rng(seed).normal(size=(6, 3))) for seed in (3, 4))
+    windowed = compare(moving, fixed, "minmax", [(slice(0, 6), slice(2, 5))])
+    everything = compare(moving, fixed, "minmax", span=windowed.span).blocks[0]
+    np.testing.assert_allclose(everything[:, 2:5], windowed.blocks[0], atol=1e-6)
+    assert everything.min() < 0
+
+
 def test_what_is_impossible() -> None:
     area, depth = (np.array([1.0, 1.0]), np.array([3.9, 4.1, 1.0])), (np.array([0.1, 0.9]), np.array([0.1, 0.1, 0.5]))
     assert impossible_pairs(area, depth).tolist() == [[False, True, False], [True, True, False]]

@@ -69,6 +69,9 @@ class SpatialConfig:
         if self.affine_rounds < 1 or self.local_rounds < 0:
             found = f"{self.affine_rounds} and {self.local_rounds}"
             raise ValueError(f"match.spatial.affine_rounds and local_rounds are {found}; at least 1 and 0 are needed")
+        for name in ("prior_mm", "reach"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"match.spatial.{name} is {getattr(self, name)}; expected a number above 0")
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def consistent_pairs(
     moving: Places,
     select: Select,
     config: SpatialConfig,
-    more: bool,
+    more: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None,
 ) -> Staged[tuple[Index, Index, Float, Float, Float]]:
     """Select again under a map estimated from the seeds, in stages.
 
@@ -112,7 +115,8 @@ def consistent_pairs(
         fixed, moving: places in the fixed frame, mm.
         select: positions of the pairs that the one-to-one rule takes of scored candidates.
         config: settings.
-        more: whether ROIs left over get a partner that has one already.
+        more: slices of the moving and of the fixed ROIs, if ROIs left over get a partner that has one already in
+            another slice.
 
     Returns:
         Moving index, fixed index, similarity, score 0..1 and `confidence` of the pairs.
@@ -152,7 +156,7 @@ def consistent_pairs(
         if len(i) < 3:
             break
     if more and len(i) >= 3:
-        best = np.concatenate([best, _second_partners(ci, cj, joint, best, config.second)])
+        best = np.concatenate([best, _second_partners(ci, cj, joint, best, *more, config.second)])
     return ci[best], cj[best], alike[best], joint[best], confidence(alike[best], overlap[best], config)
 
 
@@ -183,15 +187,33 @@ def _joint_score(alike: Float, overlap: Float, config: SpatialConfig) -> Float:
     return np.asarray(np.where(overlap > config.min_overlap, joint, 0), np.float32)
 
 
-def _second_partners(i: Index, j: Index, score: Float, chosen: Index, least: float) -> Index:
-    """Positions of the best pair of every ROI that `chosen` leaves over, with a partner taken or not.
+def _second_partners(
+    i: Index,
+    j: Index,
+    score: Float,
+    chosen: Index,
+    here: npt.NDArray[np.int32],
+    there: npt.NDArray[np.int32],
+    least: float,
+) -> Index:
+    """Positions of pairs of ROIs that `chosen` leaves over, with a partner that is free or taken in another slice.
 
     Where one stack has more slices than the other, a structure has more ROIs in one than in the other; one-to-one
-    leaves the surplus unused.
+    leaves the surplus unused. No ROI gets a second partner in a slice where it has one, nor more than one.
+
+    Args:
+        here, there: slices of the moving and of the fixed ROIs.
     """
-    free = (score > least) & ~(np.isin(i, i[chosen]) & np.isin(j, j[chosen]))
-    lone_j, lone_i = (np.flatnonzero(free & ~np.isin(values, values[chosen])) for values in (j, i))
-    extra = [lone_j[best_of_each(j[lone_j], score[lone_j])], lone_i[best_of_each(i[lone_i], score[lone_i])]]
+    left = score > least
+    for roi, slices in ((i, there[j]), (j, here[i])):
+        place = roi * (int(slices.max(initial=0)) + 1) + slices
+        left &= ~np.isin(place, place[chosen])
+    extra = []
+    for free, other in ((j, i), (i, j)):
+        lone = np.flatnonzero(left & ~np.isin(free, free[chosen]))
+        for roi in (free, other):
+            lone = lone[best_of_each(roi[lone], score[lone])]
+        extra.append(lone)
     return np.unique(np.concatenate(extra))
 
 

@@ -46,7 +46,7 @@ class Gate:
     """Which pairs of [N] and [M] ellipses can reach an `overlap` of some value, or could if moved a little.
 
     Overlap needs exp(-d^2 / (4 lambda)) > value, with lambda the mean of the two largest variances; half as much d^2
-    again is let through. As a product of matrices this costs next to nothing.
+    again is let through: the pairs whose rows have a product below 0.5, which costs next to nothing.
     """
 
     left: npt.NDArray[np.float32]
@@ -62,10 +62,6 @@ class Gate:
         left = np.column_stack([-2 * a, rest_a, np.ones(len(a))]).astype(np.float32)
         right = np.column_stack([b, np.ones(len(b)), rest_b]).astype(np.float32)
         return cls(left, right)
-
-    def may_overlap(self, rows: slice, columns: slice) -> npt.NDArray[np.bool_]:
-        """The pairs of some rows and columns: bool [rows, columns]."""
-        return np.asarray(self.left[rows] @ self.right[columns].T < 0.5)
 
 
 def _largest(covariance: Array) -> Array:

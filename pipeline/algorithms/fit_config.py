@@ -6,6 +6,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 
+def _check(settings: object, section: str, positive: tuple[str, ...], not_negative: tuple[str, ...] = ()) -> None:
+    """Raise the ValueError of a setting that is too small, or NaN."""
+    for name in (*positive, *not_negative):
+        value = getattr(settings, name)
+        if not (value > 0 or (value == 0 and name in not_negative)):
+            wanted = "of 0 or more" if name in not_negative else "above 0"
+            raise ValueError(f"{section}.{name} is {value}; expected a number {wanted}")
+
+
 @dataclass(frozen=True)
 class Level:
     """One resolution of the fit; lengths in units of the smallest fixed spacing h0.
@@ -34,8 +43,11 @@ class Level:
     smoothness: float = 1.0
     points_per_roi: int = 0
 
+    def __post_init__(self) -> None:
+        _check(self, "fit.levels", ("stride", "control", "tau", "points"), ("smoothness",))
 
-_TRUST = 0.99  # `match.spatial` never gives more than .93
+
+_TRUST = 0.99  # more than `pipeline.algorithms.matching` ever gives
 DEFAULT_LEVELS = (
     Level(8, 32.0, 8.0, 4, 4, trust=_TRUST),
     Level(4, 16.0, 4.0, 4, 4),
@@ -70,9 +82,7 @@ class Eq10Config:
     settled: float = 1e-4
 
     def __post_init__(self) -> None:
-        for name in ("control", "band", "points_per_roi", "learning_rate", "iterations"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"fit.eq10.{name} is {getattr(self, name)}; expected a number above 0")
+        _check(self, "fit.eq10", ("control", "band", "points_per_roi", "learning_rate", "iterations"), ("smoothness",))
 
 
 @dataclass(frozen=True)
@@ -95,9 +105,7 @@ class RefineConfig:
     def __post_init__(self) -> None:
         if not self.iterations or min(self.iterations) < 0 or not any(self.iterations):
             raise ValueError(f"fit.refine.iterations is {self.iterations}; expected counts >= 0, one of them positive")
-        for name in ("smoothing", "window"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"fit.refine.{name} is {getattr(self, name)}; expected a number above 0")
+        _check(self, "fit.refine", ("smoothing", "window"))
 
 
 @dataclass(frozen=True)
@@ -137,3 +145,6 @@ class FitConfig:
     diffeomorphic: bool = False
     eq10: Eq10Config = Eq10Config()
     refine: RefineConfig = RefineConfig()
+
+    def __post_init__(self) -> None:
+        _check(self, "fit", ("step", "affine_prior_mm"), ("smoothness",))

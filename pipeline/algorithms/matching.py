@@ -13,15 +13,17 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.algorithms import consistency
 from pipeline.algorithms.affine import Affine
 from pipeline.algorithms.consistency import Places, SpatialConfig, consistent_pairs
 from pipeline.algorithms.selection import Rule, one_to_one
-from pipeline.algorithms.similarity import Band, Kind, calibrated_epsilon, compare, impossible_pairs
+from pipeline.algorithms.similarity import Band, Kind, Span, calibrated_epsilon, compare, impossible_pairs
 from pipeline.algorithms.staged import Staged, complete
 
 Float = npt.NDArray[np.float32]
 Index = npt.NDArray[np.int64]
 _ROUNDING = 1e-9
+_SUREST = np.float32(0.98)  # below what levels of the fit ask for that follow outlines exactly
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class MatchConfig:
             raise ValueError("match.one_to_one is hybrid, which needs match.spatial.enabled: true")
         if not 0 <= self.false_discovery < 1:
             raise ValueError(f"match.false_discovery is {self.false_discovery}; it must be in [0, 1)")
+        if not 0 <= self.epsilon <= 1:
+            raise ValueError(f"match.epsilon is {self.epsilon}; it must be in [0, 1]")
+        for name in ("slice_range", "max_pairs"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"match.{name} is {getattr(self, name)}; expected a number of 0 or more")
 
 
 @dataclass(frozen=True)
@@ -94,8 +101,8 @@ class Matches:
         moving_index, fixed_index: int64 [K] into the two RoiSets.
         similarity: float32 [K], 0..1, of `MatchConfig.similarity` (Eq. 6).
         margin: float32 [K], similarity less that of the moving ROI's best other candidate in the window.
-        confidence: float32 [K], 0..1, weights the fit: see `pipeline.algorithms.consistency.confidence`; the
-            similarity where `spatial` is off.
+        confidence: float32 [K], 0..0.98, weights the fit: see `pipeline.algorithms.consistency.confidence`, with the
+            least overlap where too few pairs determine a map; the similarity where `spatial` is off.
     """
 
     moving_index: Index
@@ -121,10 +128,11 @@ def match(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchC
 
 def match_in_stages(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchConfig) -> Staged[Matches]:
     """`match`, for `pipeline.algorithms.in_step`."""
-    spatial, epsilon = config.spatial, _epsilon(moving, fixed, moving_to_fixed, config)
+    spatial = config.spatial
     here, there = slice_places(moving, fixed, moving_to_fixed, config)
     bands = slice_bands(moving, here, there, config.slice_range * (spatial.widening if spatial.enabled else 1))
     alike = compare(moving.prototypes, fixed.prototypes, config.similarity, bands)
+    epsilon = _epsilon(moving, fixed, (here, there), alike.span, config)
     yield sum(block.nbytes for block in alike.blocks)
     i, j, score = alike.above(max(epsilon, 0.0))
     inside = np.flatnonzero(np.abs(here[i] - there[j]) <= config.slice_range + _ROUNDING)
@@ -139,17 +147,19 @@ def match_in_stages(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, conf
             Places(moving.centroid_mm, moving.covariance_mm2, moving.track).moved(moving_to_fixed),
             lambda i, j, score: _select(i, j, score, moving, config),
             spatial,
-            more=config.one_to_one == "hybrid",
+            more=(moving.slice, fixed.slice) if config.one_to_one == "hybrid" else None,
         )
     else:
         chosen = _select(i, j, score, moving, config)
         i, j = i[chosen], j[chosen]
         similarity = score = confidence = score[chosen]
+        if spatial.enabled:
+            confidence = consistency.confidence(score, np.full_like(score, spatial.min_overlap), spatial)
     yield 0
     order = np.lexsort((j, i, -score))
     order = order[_capped(moving.slice[i[order]], config)]
     i, j, similarity = i[order], j[order], similarity[order]
-    return Matches(i, j, similarity, alike.margin(i, j, similarity), confidence[order])
+    return Matches(i, j, similarity, alike.margin(i, j, similarity), np.minimum(confidence[order], _SUREST))
 
 
 def slice_places(
@@ -186,14 +196,20 @@ def slice_bands(
     return [(slice(start, stop), slice(left, right)) for start, stop, left, right in ends]
 
 
-def _epsilon(moving: RoiSet, fixed: RoiSet, moving_to_fixed: Affine, config: MatchConfig) -> float:
+def _epsilon(
+    moving: RoiSet,
+    fixed: RoiSet,
+    places: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]],
+    span: Span | None,
+    config: MatchConfig,
+) -> float:
+    """Epsilon, calibrated if asked to, by the `slice_places` and for similarities of a span."""
     if not config.false_discovery or not len(moving.slice) or not len(fixed.slice):
         return config.epsilon
     depth = ((moving.slice + 0.5) / moving.n_slices, (fixed.slice + 0.5) / fixed.n_slices)
     impossible = impossible_pairs((moving.area_mm2, fixed.area_mm2), depth)
-    here, there = slice_places(moving, fixed, moving_to_fixed, config)
-    possible = (np.abs(here[:, None] - there) <= config.slice_range + _ROUNDING) & ~impossible
-    everywhere = compare(moving.prototypes, fixed.prototypes, config.similarity).blocks[0].clip(0, 1)
+    possible = (np.abs(places[0][:, None] - places[1]) <= config.slice_range + _ROUNDING) & ~impossible
+    everywhere = compare(moving.prototypes, fixed.prototypes, config.similarity, span=span).blocks[0].clip(0, 1)
     calibrated = calibrated_epsilon(everywhere, possible, impossible, config.false_discovery)
     return config.epsilon if calibrated is None else calibrated
 

@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from pipeline.algorithms.rois import moments
+
 Float = npt.NDArray[np.float32]
 
 _AREA_OCTAVES = np.linspace(-10.0, -2.0, 17)
@@ -79,8 +81,8 @@ def pool(
         parts.append((own["area"], _area_code(masks)))
     if own["shape"]:
         parts.append((own["shape"], _shape_code(masks)))
-    scaled = [np.sqrt(weight) * _unit(values) for weight, values in parts if weight]
-    return _unit(np.concatenate(scaled, axis=1)), cells >= config.min_cells
+    scaled = [np.sqrt(weight) * unit_norm(values) for weight, values in parts if weight]
+    return unit_norm(np.concatenate(scaled, axis=1)), cells >= config.min_cells
 
 
 def resize_to_grid(masks: npt.NDArray[np.bool_], grid: tuple[int, ...], extent: tuple[float, float]) -> Float:
@@ -105,7 +107,8 @@ def _mean(weights: Float, flat: Float) -> Float:
     return np.asarray(summed / np.maximum(total, 1e-6)[:, None], dtype=np.float32)
 
 
-def _unit(values: Float) -> Float:
+def unit_norm(values: npt.NDArray[np.floating]) -> Float:
+    """Rows [n, C] divided by their length."""
     norm = np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-8)
     return np.asarray(values / norm, dtype=np.float32)
 
@@ -157,13 +160,8 @@ def _area_code(masks: npt.NDArray[np.bool_]) -> Float:
 
 def _shape_code(masks: npt.NDArray[np.bool_]) -> Float:
     """Elongation along the axes and the diagonals, compactness against an ellipse, and a constant."""
-    rows, cols = masks.sum(axis=2), masks.sum(axis=1)
-    area = np.maximum(rows.sum(axis=1), 1)
-    y, x = np.arange(masks.shape[1]), np.arange(masks.shape[2])
-    cy, cx = rows @ y / area, cols @ x / area
-    yy, xx = rows @ y**2 / area - cy**2 + 1 / 12, cols @ x**2 / area - cx**2 + 1 / 12
-    flat = masks.reshape(len(masks), masks.shape[1] * masks.shape[2]).astype(np.float64)
-    yx = flat @ np.outer(y, x).ravel() / area - cy * cx
+    found = moments(masks, np.zeros(len(masks), np.int64), (1.0, 1.0, 1.0))
+    area, (yy, yx, xx) = found["area_px"], found["covariance_mm2"].T
     compact = area / (4 * np.pi * np.sqrt(np.maximum(yy * xx - yx**2, 1e-3)))
     trace = yy + xx
     code = np.stack([(yy - xx) / trace, 2 * yx / trace, np.clip(compact, 0, 1.5), np.full(len(area), 0.5)], axis=1)

@@ -13,7 +13,7 @@ a slab along z is not known. Pairs of 3D ROIs are compared in 3D.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -21,31 +21,12 @@ from scipy.sparse import csgraph
 
 from pipeline.algorithms import metrics, warp
 from pipeline.algorithms.ddf import FitResult
-from pipeline.algorithms.roi_fields import Roi, RoiPair
-from pipeline.algorithms.roi_overlap import carry
+from pipeline.algorithms.roi_fields import Problem, Roi, RoiPair, Spacing
+from pipeline.algorithms.roi_overlap import Bounds, carried_onto, index_bounds
 
-Mask = npt.NDArray[np.bool_]
-Indices = npt.NDArray[np.int64]
-Triple = tuple[float, float, float]
 SAME = 0.5  # IoU above which two ROIs are one found twice
 INSIDE = 0.8  # share of the smaller ROI above which it lies in the other
 STAGES = ("_before", "_affine", "")
-
-
-@dataclass(frozen=True)
-class Grids:
-    """Where the fixed and the moving voxels lie.
-
-    Attributes:
-        shape: fixed grid (D, H, W).
-        spacing_mm, moving_spacing_mm: (z, y, x).
-        moving_to_fixed: 4x4, moving-local to fixed-local mm.
-    """
-
-    shape: tuple[int, int, int]
-    spacing_mm: Triple
-    moving_spacing_mm: Triple
-    moving_to_fixed: warp.Affine
 
 
 def folds(pairs: Sequence[RoiPair], count: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -94,54 +75,44 @@ def _shared(a: Roi, b: Roi) -> int:
 
 
 def held_out_columns(
-    pairs: Sequence[RoiPair], fit: Callable[[list[RoiPair]], FitResult], grids: Grids, count: int, has_spacing: bool
+    problem: Problem, fit: Callable[[Problem], FitResult], count: int, has_spacing: bool
 ) -> dict[str, float]:
     """Columns of the metrics table, see `evaluate_held_out` and `summarise`; none for no folds."""
-    return summarise(evaluate_held_out(pairs, fit, grids, count), has_spacing) if count else {}
+    return summarise(evaluate_held_out(problem, fit, count), has_spacing) if count else {}
 
 
-def evaluate_held_out(
-    pairs: Sequence[RoiPair], fit: Callable[[list[RoiPair]], FitResult], grids: Grids, count: int
-) -> list[dict[str, float]]:
+def evaluate_held_out(problem: Problem, fit: Callable[[Problem], FitResult], count: int) -> list[dict[str, float]]:
     """One row per held-out pair: its index as `pair`, `dice{stage}`, `tre_mm{stage}` and `tre_vox{stage}`.
 
     The stages are `STAGES`. A ROI that a map carries out of the fixed image has Dice 0 and no distance.
 
     Args:
-        pairs: matched ROIs.
+        problem: of all matched ROIs.
         fit: fits a field to some of them.
-        grids: of the two images.
         count: of folds, see `folds`.
     """
     rows = []
-    for kept, held in folds(pairs, count):
-        result = fit([pairs[k] for k in kept])
+    for kept, held in folds(problem.pairs, count):
+        result = fit(replace(problem, pairs=[problem.pairs[k] for k in kept]))
         fields = (
             np.zeros_like(result.ddf),
-            warp.affine_ddf(result.affine, grids.shape, grids.spacing_mm),
+            warp.affine_ddf(result.affine, problem.shape, problem.spacing_mm),
             result.ddf,
         )
-        maps = [
-            warp.moving_indices(ddf, grids.spacing_mm, grids.moving_to_fixed, grids.moving_spacing_mm) for ddf in fields
-        ]
-        rows += [{"pair": float(k), **_measure(pairs[k], maps, grids)} for k in held]
+        grids = problem.spacing_mm, problem.moving_to_fixed, problem.moving_spacing_mm
+        maps = [warp.moving_indices(ddf, *grids) for ddf in fields]
+        bounded = [(indices, index_bounds(indices)) for indices in maps]
+        rows += [{"pair": float(k), **_measure(problem.pairs[k], bounded, problem.spacing_mm)} for k in held]
     return rows
 
 
-def _measure(pair: RoiPair, maps: Sequence[warp.Array], grids: Grids) -> dict[str, float]:
-    slabs = pair.fixed.mask.shape[0] == 1 and pair.moving.mask.shape[0] == 1
-    z = pair.fixed.offset[0]
-    planes = slice(z, z + 1) if slabs else slice(None)
-    here = np.zeros(grids.shape, bool)
-    box = tuple(slice(o, o + n) for o, n in zip(pair.fixed.offset, pair.fixed.mask.shape, strict=True))
-    here[box] = pair.fixed.mask
-    here = here[planes]
+def _measure(pair: RoiPair, maps: Sequence[tuple[warp.Array, Bounds]], spacing_mm: Spacing) -> dict[str, float]:
     row = {}
-    for ending, indices in zip(STAGES, maps, strict=True):
-        there = carry(pair.moving, indices[:, planes], in_plane=slabs)
+    for ending, (indices, bounds) in zip(STAGES, maps, strict=True):
+        here, there = carried_onto(pair, indices, bounds)
         row[f"dice{ending}"] = metrics.dice(here, there)
         if there.any():
-            row[f"tre_mm{ending}"] = metrics.centroid_distance(here, there, grids.spacing_mm)
+            row[f"tre_mm{ending}"] = metrics.centroid_distance(here, there, spacing_mm)
             row[f"tre_vox{ending}"] = metrics.centroid_distance(here, there, (1.0, 1.0, 1.0))
     return row
 

@@ -91,7 +91,12 @@ def orientation_preserving(affine: Affine, center: npt.NDArray[np.floating]) -> 
     Args:
         affine: 4x4.
         center: [3], a position that keeps its image.
+
+    Raises:
+        ValueError: for a map that is not finite.
     """
+    if not np.isfinite(affine).all():
+        raise ValueError("the ROIs determine no affine map: it is not finite; raise fit.affine_prior_mm")
     result = affine.copy()
     while not _VOLUMES[0] < np.linalg.det(result[:3, :3]) < _VOLUMES[1]:
         result[:3, :3] = 0.9 * result[:3, :3] + 0.1 * np.eye(3)

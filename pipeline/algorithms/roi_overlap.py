@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # loads torch
 
 Mask = npt.NDArray[np.bool_]
 Triple = tuple[float, float, float]
+Bounds = tuple[warp.Array, warp.Array]
 NEAR = 2.0  # shortest voxel edges
 _BLOCK = 16  # rows and columns of a piece of a plane that is looked at as one
 
@@ -30,16 +31,14 @@ def near_rois(rois: Sequence[Roi], shape: tuple[int, int, int], spacing: Triple)
 
 
 def roi_dice(pairs: Sequence[RoiPair], indices: warp.Array) -> npt.NDArray[np.float64]:
-    """Dice of each fixed ROI and its moving one, carried by nearest neighbour: [K], 0..1.
-
-    Two slabs are compared in plane, as `pipeline.algorithms.pseudo_rois` does.
+    """Dice of each fixed ROI and its moving one as `carried_onto` it: [K], 0..1.
 
     Args:
         pairs: matched ROIs.
         indices: [3, D, H, W], where each fixed voxel falls in the moving grid, voxels (`warp.moving_indices`).
     """
-    low, high = (_blockwise(function, indices) for function in (np.minimum, np.maximum))
-    return np.array([_dice(pair, indices, low, high) for pair in pairs])
+    bounds = index_bounds(indices)
+    return np.array([metrics.dice(*carried_onto(pair, indices, bounds)) for pair in pairs])
 
 
 def carry(roi: Roi, indices: warp.Array, in_plane: bool) -> Mask:
@@ -57,12 +56,30 @@ def carry(roi: Roi, indices: warp.Array, in_plane: bool) -> Mask:
     return found
 
 
-def _dice(pair: RoiPair, indices: warp.Array, low: warp.Array, high: warp.Array) -> float:
+def index_bounds(indices: warp.Array) -> Bounds:
+    """Smallest and largest index of each block of a plane: [3, D, h, w] each."""
+    bounds = []
+    for function in (np.minimum, np.maximum):
+        found = indices
+        for axis in (2, 3):
+            found = function.reduceat(found, np.arange(0, indices.shape[axis], _BLOCK), axis=axis)
+        bounds.append(found)
+    return bounds[0], bounds[1]
+
+
+def carried_onto(pair: RoiPair, indices: warp.Array, bounds: Bounds) -> tuple[Mask, Mask]:
+    """The fixed ROI and its moving one, carried by nearest neighbour, in a box of the fixed grid that holds both.
+
+    Two slabs are compared in plane: the box is of the fixed slice.
+
+    Args:
+        indices: as in `roi_dice`. bounds: its `index_bounds`.
+    """
     slabs = pair.fixed.mask.shape[0] == 1 and pair.moving.mask.shape[0] == 1
     box = _box(pair.fixed)
     start, stop = np.array([s.start for s in box]), np.array([s.stop for s in box])
     piece = (1, _BLOCK, _BLOCK)
-    blocks = np.argwhere(_may_reach(pair.moving, low, high, box[0] if slabs else slice(None), slabs))
+    blocks = np.argwhere(_may_reach(pair.moving, *bounds, box[0] if slabs else slice(None), slabs))
     if len(blocks):
         corner = blocks * piece + (box[0].start if slabs else 0, 0, 0)
         start = np.minimum(start, corner.min(0))
@@ -70,7 +87,7 @@ def _dice(pair: RoiPair, indices: warp.Array, low: warp.Array, high: warp.Array)
     around = tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
     here = np.zeros(stop - start, bool)
     here[tuple(slice(s.start - a, s.stop - a) for s, a in zip(box, start, strict=True))] = pair.fixed.mask
-    return metrics.dice(here, carry(pair.moving, indices[(slice(None), *around)], in_plane=slabs))
+    return here, carry(pair.moving, indices[(slice(None), *around)], in_plane=slabs)
 
 
 def _may_reach(roi: Roi, low: warp.Array, high: warp.Array, planes: slice, in_plane: bool) -> Mask:
@@ -80,13 +97,6 @@ def _may_reach(roi: Roi, low: warp.Array, high: warp.Array, planes: slice, in_pl
         first = roi.offset[axis] - 0.5
         reach &= (high[axis, planes] >= first) & (low[axis, planes] <= first + roi.mask.shape[axis])
     return reach
-
-
-def _blockwise(function: np.ufunc, indices: warp.Array) -> warp.Array:
-    """Smallest or largest index of each block of a plane: [3, D, h, w]."""
-    for axis in (2, 3):
-        indices = function.reduceat(indices, np.arange(0, indices.shape[axis], _BLOCK), axis=axis)
-    return indices
 
 
 def _box(roi: Roi) -> tuple[slice, ...]:

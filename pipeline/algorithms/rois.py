@@ -32,6 +32,10 @@ class RoiConfig:
     min_stability: float = 0.0
     max_per_slice: int = 0
 
+    def __post_init__(self) -> None:
+        if self.max_per_slice < 0:
+            raise ValueError(f"rois.max_per_slice is {self.max_per_slice}; expected a number of 0 or more")
+
 
 def filter_rois(
     masks: npt.NDArray[np.bool_],

@@ -17,11 +17,13 @@ import numpy.typing as npt
 
 from pipeline.algorithms import match_loops
 from pipeline.algorithms.ellipses import Gate
+from pipeline.algorithms.prototypes import unit_norm
 
 Float = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 Index = npt.NDArray[np.int64]
 Band: TypeAlias = tuple[slice, slice]
+Span: TypeAlias = tuple[float, float]
 Kind = Literal["cosine", "centred", "minmax"]
 
 _BLOCK_ROWS = 60
@@ -39,10 +41,12 @@ class Similarities:
     Attributes:
         bands: rows and columns of each block; no row in two of them.
         blocks: float32 [rows, columns], up to 1; at most 0 for negative cosines and outside the window.
+        span: smallest and largest cosine, which "minmax" has stretched to 0..1; None for the other kinds.
     """
 
     bands: Sequence[Band]
     blocks: Sequence[Float]
+    span: Span | None = None
 
     def above(self, least: float, gate: Gate | None = None) -> tuple[Index, Index, Float]:
         """Row, column and value of what exceeds `least` >= 0, of the pairs that the gate lets through if there is one.
@@ -67,7 +71,9 @@ class Similarities:
         return np.asarray(value - np.minimum(other, 1), np.float32)
 
 
-def compare(moving: Float, fixed: Float, kind: Kind, bands: Sequence[Band] | None = None) -> Similarities:
+def compare(
+    moving: Float, fixed: Float, kind: Kind, bands: Sequence[Band] | None = None, span: Span | None = None
+) -> Similarities:
     """Similarity of the pairs of prototypes (Eq. 6).
 
     Args:
@@ -78,10 +84,11 @@ def compare(moving: Float, fixed: Float, kind: Kind, bands: Sequence[Band] | Non
             cosines of these bands to 0..1, as Eq. 6 is written. Negative values are 0.
         bands: the window: rows, ascending and next to each other, and the columns that each is compared with; None
             is everything.
+        span: cosines that "minmax" stretches to 0 and 1, in place of the extreme ones of these bands.
     """
     if kind == "centred" and len(moving) and len(fixed):
         middle = (moving.mean(axis=0) + fixed.mean(axis=0)) / 2
-        moving, fixed = (_unit(values - middle) for values in (moving, fixed))
+        moving, fixed = (unit_norm(values - middle) for values in (moving, fixed))
     found: list[tuple[Band, Float]] = []
     windows: list[Float] = []
     for members in _grouped(bands or [(slice(0, len(moving)), slice(0, len(fixed)))]):
@@ -94,8 +101,8 @@ def compare(moving: Float, fixed: Float, kind: Kind, bands: Sequence[Band] | Non
             windows.append(lines[:, columns.start - left : columns.stop - left])
         found.append((band, block))
     if kind == "minmax":
-        _stretch([window for window in windows if window.size])
-    return Similarities([band for band, _ in found], [block for _, block in found])
+        span = _stretch([window for window in windows if window.size], span)
+    return Similarities([band for band, _ in found], [block for _, block in found], span)
 
 
 def _grouped(bands: Sequence[Band]) -> Iterator[list[Band]]:
@@ -110,13 +117,16 @@ def _grouped(bands: Sequence[Band]) -> Iterator[list[Band]]:
         yield group
 
 
-def _stretch(windows: Sequence[Float]) -> None:
-    """Map the range of all values to 0..1, in place."""
-    low = min((float(window.min()) for window in windows), default=0.0)
-    high = max((float(window.max()) for window in windows), default=1.0)
+def _stretch(windows: Sequence[Float], span: Span | None) -> Span:
+    """Map a span, or else the range of all values, to 0..1, in place; the span."""
+    low, high = span or (
+        min((float(window.min()) for window in windows), default=0.0),
+        max((float(window.max()) for window in windows), default=1.0),
+    )
     for window in windows:
         window -= np.float32(low)
         window /= np.float32(max(high - low, 1e-6))
+    return low, high
 
 
 def impossible_pairs(
@@ -161,7 +171,3 @@ def calibrated_epsilon(similarity: Float, possible: Mask, impossible: Mask, fals
     expected = counts[1] / counts[1][0] * counts[0][0]
     good = np.flatnonzero((expected <= false_discovery * counts[0]) & (counts[0] > 0))
     return float(good[0] / _STEPS) if len(good) else 1.0
-
-
-def _unit(values: Float) -> Float:
-    return np.asarray(values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-8), np.float32)

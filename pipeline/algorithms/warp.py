@@ -78,7 +78,7 @@ def _inside(indices: Array, shape: tuple[int, ...]) -> Array:
     for axis, size in enumerate(shape):
         index = clamped[axis]
         edge = (index >= -0.5) & (index < size - 0.5)
-        clamped[axis] = np.where(edge, np.clip(index, 0, size - 1), index - size * (index < -0.5))
+        clamped[axis] = np.where(edge, np.clip(index, 0, size - 1), index)
     return clamped
 
 

@@ -19,9 +19,9 @@ from pipeline.baseline_images import PairImages, Registered, Volume, check_field
 from pipeline.baseline_methods import Baseline, Register
 from pipeline.dispatch import Task
 from pipeline.stages.evaluate import Reference, Row, evaluate
+from pipeline.stages.subject_files import read_reference, shown_intensities
 from storage.cohort import Pair, Subject
-from storage.images import read_image, read_labels, to_uint8
-from storage.landmarks import read_landmarks
+from storage.images import read_image
 
 _KEPT = 4  # subjects, since the pairs of one follow each other
 
@@ -65,7 +65,8 @@ def _build(settings: InputConfig, threads: int, device: str) -> Callable[[Baseli
 
     @lru_cache(maxsize=_KEPT)
     def read(subject: Subject) -> tuple[Reference, Volume]:
-        return read_subject(subject, settings)
+        image = read_image(subject.image, settings.slice_axis)
+        return read_reference(subject, image.geometry), shown_intensities(image, settings)
 
     @lru_cache(maxsize=1)
     def load(baseline: Baseline) -> Register:
@@ -100,19 +101,6 @@ def evaluate_field(fixed: Reference, moving: Reference, found: Registered) -> li
         return evaluate(fixed, moving, found)
     rows = evaluate(fixed, moving, replace(found, affine=np.eye(4)))
     return [{name: value for name, value in row.items() if not name.endswith("_affine")} for row in rows]
-
-
-def read_subject(subject: Subject, settings: InputConfig) -> tuple[Reference, Volume]:
-    """Grid, labels and landmarks of a subject, and its intensities as the study sees them, 0..255, RGB as their mean.
-
-    Raises:
-        ImageError: naming the file that cannot be used.
-    """
-    image = read_image(subject.image, settings.slice_axis)
-    labels = read_labels(subject.label, image.geometry) if subject.label else None
-    landmarks = read_landmarks(subject.landmarks, image.geometry) if subject.landmarks else None
-    shown = to_uint8(image, settings.percentiles, settings.window)
-    return Reference(image.geometry, labels, landmarks), np.asarray(shown.mean(axis=3, dtype=np.float32))
 
 
 @contextmanager

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actors.input_config import InputConfig
 from pipeline import results
 from pipeline.algorithms.metrics import log_jacobian
 from pipeline.algorithms.warp import affine_ddf
@@ -24,17 +24,18 @@ from pipeline.stages.evaluate import WORSE_THAN_AFFINE, Reference, Row, evaluate
 from pipeline.stages.inverse import Inverted, invert_transform, without_folds
 from pipeline.stages.matched_rois import labels_in_fit, roi_pairs, slices
 from pipeline.stages.refine import Volume, refine
+from pipeline.stages.subject_files import read_reference, shown_intensities
 from storage.cohort import Subject
 from storage.embeddings import EmbeddingStore, SubjectEmbedding
 from storage.geometry import Geometry, moving_to_fixed
-from storage.images import read_image, read_labels, to_uint8
-from storage.landmarks import read_landmarks
+from storage.images import read_image
+from storage.places import remove
 from storage.transforms import make_transform, read_transform, write_transform
 from storage.warping import from_analysis, write_image
 
 if TYPE_CHECKING:  # these load torch, which only a process that fits needs
     from pipeline.algorithms.ddf import FitResult
-    from pipeline.algorithms.roi_fields import Problem, RoiPair
+    from pipeline.algorithms.roi_fields import Problem
 
 
 _VOXELS_AT_ONCE = 1 << 21  # of fixed images whose fields, of 12 bytes a voxel, are held together
@@ -128,11 +129,11 @@ def run_unit(
 
     @lru_cache(maxsize=2 * len(unit.pairs))
     def reference(name: str) -> Reference:
-        return read_reference(store, unit.subjects[name])
+        return read_reference(unit.subjects[name], store.geometry(name))
 
     @lru_cache(maxsize=2 * len(unit.pairs))
     def intensities(name: str) -> Volume:
-        return read_intensities(unit.subjects[name], config.input)
+        return shown_intensities(read_image(unit.subjects[name].image, config.input.slice_axis), config.input)
 
     def prepare(item: _PairUnit) -> _Prepared:
         if item.unit in lost:
@@ -204,28 +205,6 @@ def _prepare(store: EmbeddingStore, item: _PairUnit) -> _Prepared:
     return _Prepared(item, fixed, moving, problem, time.perf_counter() - start)
 
 
-def read_reference(store: EmbeddingStore, subject: Subject) -> Reference:
-    """Labels and landmarks of a subject where the manifest gives them.
-
-    Raises:
-        ImageError: naming the file, for labels on another grid among others.
-    """
-    geometry = store.geometry(subject.subject)
-    labels = read_labels(subject.label, geometry) if subject.label else None
-    landmarks = read_landmarks(subject.landmarks, geometry) if subject.landmarks else None
-    return Reference(geometry, labels, landmarks)
-
-
-def read_intensities(subject: Subject, config: InputConfig) -> Volume:
-    """Intensities of a subject as its segmenter saw them, float32 [D, H, W] 0..255; of RGB the mean channel.
-
-    Raises:
-        ImageError: for an image that cannot be used.
-    """
-    shown = to_uint8(read_image(subject.image, config.slice_axis), config.percentiles, config.window)
-    return np.asarray(shown.mean(axis=3, dtype=np.float32))
-
-
 def _finish(
     folder: StudyFolder,
     config: StudyConfig,
@@ -234,28 +213,29 @@ def _finish(
     intensities: Callable[[str], Volume],
 ) -> list[Row]:
     """Refine the field of a pair if asked to, write its transform, and return its metrics rows."""
-    from pipeline.algorithms.ddf import fit_ddf
-    from pipeline.algorithms.pseudo_rois import Grids, held_out_columns
+    from pipeline.algorithms.ddf import fit_ddfs
+    from pipeline.algorithms.pseudo_rois import held_out_columns
 
     item, problem, result = fitted.prepared.item, fitted.prepared.problem, fitted.result
     pair, rois = item.pair, problem.pairs
     known_fixed, known_moving = reference(pair.fixed), reference(pair.moving)
     here, there = fitted.prepared.fixed.geometry, fitted.prepared.moving.geometry
-    grids = (problem.shape, problem.spacing_mm, problem.moving_spacing_mm, problem.moving_to_fixed)
 
-    def fit(pairs: list[RoiPair]) -> FitResult:
-        return fit_ddf(pairs, *grids, config.fit)
+    def fit(part: Problem) -> FitResult:
+        return fit_ddfs([part], config.fit)[0]
 
     refined, seconds_refine = None, None
     if config.fit.refine.method != "none":
         volumes = intensities(pair.fixed), intensities(pair.moving)
         start = time.perf_counter()
-        refined = refine(*volumes, result.ddf, grids[1], grids[2], grids[3], config.fit.refine)
+        steps, between = (problem.spacing_mm, problem.moving_spacing_mm), problem.moving_to_fixed
+        refined = refine(*volumes, result.ddf, *steps, between, config.fit.refine)
         if config.fit.diffeomorphic:
             refined, damped = without_folds(refined, result.affine, here.spacing_mm)
             result = replace(result, damped=result.damped or damped)
         seconds_refine = time.perf_counter() - start
     rows = evaluate(known_fixed, known_moving, result, refined, rois)
+    held_out = held_out_columns(problem, fit, config.evaluate.pseudo_folds, here.has_spacing)
     inverted = _write(folder, config, pair, result, refined, here, there)
     shared = {
         "pair": pair.pair,
@@ -265,7 +245,7 @@ def _finish(
         "n_slices": len({z for pair in rois for z in slices(pair.fixed)}),
         "fallback": result.fallback,
         "flag": _flag(rows[0], result, labels_in_fit(item.matches, rois, known_fixed, known_moving), inverted),
-        **held_out_columns(rois, fit, Grids(*grids), config.evaluate.pseudo_folds, here.has_spacing),
+        **held_out,
         "seconds_match": item.seconds_match,
         "seconds_fit": fitted.seconds,
         "seconds_refine": seconds_refine,
@@ -284,7 +264,7 @@ def _write(
     here: Geometry,
     there: Geometry,
 ) -> Inverted | None:
-    """Write the files of a pair where they are kept, and check and invert its field if asked to."""
+    """Write the files of a pair where they are kept, and check and invert its field if asked to; all files or none."""
     outputs = config.outputs() if folder.keep_transforms else ()
     paths = {name: folder.output(name, pair.pair) for name in outputs}
     signature = {"pair": pair.pair, "moving": pair.moving, "fixed": pair.fixed, "key": pair.fit_key}
@@ -292,16 +272,21 @@ def _write(
     if refined is not None:
         lattice = refined - affine_ddf(result.affine, here.shape, here.spacing_mm)
         field = (result.affine, lattice, here.spacing_mm, here)
-    if "transforms" in paths:
-        write_transform(paths["transforms"], *field, signature, there)
-    if "jacobians" in paths:
-        logarithm = log_jacobian(result.ddf if refined is None else refined, here.spacing_mm)
-        write_image(from_analysis(logarithm.astype(np.float32), here), paths["jacobians"])
-    if not config.fit.diffeomorphic:
-        return None
-    stored = read_transform(paths["transforms"]) if paths else make_transform(*field, there)
-    exchanged = {**signature, "moving": pair.fixed, "fixed": pair.moving}
-    return invert_transform(stored, here, there, paths.get("inverses"), exchanged)
+    inverted = None
+    with ExitStack() as unfinished:
+        for path in paths.values():
+            unfinished.callback(remove, path)
+        if "transforms" in paths:
+            write_transform(paths["transforms"], *field, signature, there)
+        if "jacobians" in paths:
+            logarithm = log_jacobian(result.ddf if refined is None else refined, here.spacing_mm)
+            write_image(from_analysis(logarithm.astype(np.float32), here), paths["jacobians"])
+        if config.fit.diffeomorphic:
+            stored = read_transform(paths["transforms"]) if paths else make_transform(*field, there)
+            exchanged = {**signature, "moving": pair.fixed, "fixed": pair.moving}
+            inverted = invert_transform(stored, here, there, paths.get("inverses"), exchanged)
+        unfinished.pop_all()
+    return inverted
 
 
 def _flag(mean: Row, result: FitResult, in_fit: bool, inverted: Inverted | None) -> str:

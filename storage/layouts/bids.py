@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from storage.cohort import Subject
-from storage.layouts.found import LABEL_ENDING, Found, Layout, stem
+from storage.layouts.found import LABEL_ENDING, Found, Layout, stem, visible
 from storage.manifest import CohortError
 
 TREE = """\
@@ -27,7 +27,7 @@ def read(found: Found, select: str) -> None:
 def list_subjects(root: Path, suffix: str = "") -> Iterator[Subject]:
     """Anatomical images, in name order; with a suffix those that end with it only."""
     for anat in sorted([*root.glob("sub-*/anat"), *root.glob("sub-*/ses-*/anat")]):
-        volumes = [p for p in sorted(anat.iterdir()) if p.name.endswith((".nii", ".nii.gz"))]
+        volumes = [p for p in visible(anat.iterdir()) if p.name.endswith((".nii", ".nii.gz"))]
         images = [p for p in volumes if not LABEL_ENDING.search(stem(p))]
         images = [p for p in images if not suffix or stem(p).endswith(f"_{suffix}")]
         place = anat.parent.relative_to(root)

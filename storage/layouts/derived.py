@@ -13,6 +13,7 @@ from storage.atomic import replace_file
 from storage.images import quiet_itk
 from storage.integrity import check_file
 from storage.sources import ImageError
+from storage.warping import write_image
 
 
 def write_frame(source: Path, frame: int, target: Path) -> str:
@@ -26,6 +27,7 @@ def write_frame(source: Path, frame: int, target: Path) -> str:
 
     Raises:
         ImageError: for a file that is missing, damaged, not 4D, or has no such frame.
+        OSError: naming the target, for example when the disk is full.
     """
     if not source.is_file():
         raise ImageError(f"{source}: no such file")
@@ -49,8 +51,7 @@ def write_frame(source: Path, frame: int, target: Path) -> str:
         raise ImageError(f"{source}: not an image, or a damaged one") from None
     volume = sitk.GetImageFromArray(sitk.GetArrayViewFromImage(read))
     volume.CopyInformation(read)
-    with replace_file(target) as temporary:
-        sitk.WriteImage(volume, str(temporary), useCompression=True)
+    write_image(volume, target)
     return str(target)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from storage.cohort import Pair, Subject
 from storage.layouts.derived import read_points, write_points
-from storage.layouts.found import Found, Layout, one_of
+from storage.layouts.found import Found, Layout, one_of, visible
 from storage.manifest import CohortError
 from storage.sources import PICTURE_SUFFIXES, ImageError
 
@@ -23,7 +23,7 @@ def read(found: Found, select: str) -> None:
     if set(select) - set(_CATEGORIES):
         raise CohortError(f"--select {select}: no such category; choose of A, P and S")
     folder = one_of(found.root, [*found.root.glob("Images"), *found.root.glob("*/Images")], "folder Images")
-    images = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in PICTURE_SUFFIXES}
+    images = {p.stem: p for p in visible(folder.iterdir()) if p.suffix.lower() in PICTURE_SUFFIXES}
     pairs = sorted(
         {match[1] for match in map(_IMAGE.fullmatch, images) if match and match[1][0] in (select or _CATEGORIES)}
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ class Found:
     columns: dict[str, dict[str, str]] = field(default_factory=dict)
     pairs: list[Pair] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    _names: set[str] = field(default_factory=set, init=False)
 
     def add(self, subject: Subject, **columns: str) -> None:
         """Add a subject; files that are named but missing are problems, and without its image it is left out."""
@@ -45,12 +47,13 @@ class Found:
                 self.problems.append(f"{subject.subject}: no {kind} {self.shown(path)}; listed without")
                 subject = replace(subject, **{kind: ""})
         self.subjects.append(subject)
+        self._names.add(subject.subject)
         for name, value in columns.items():
             self.columns.setdefault(name, {})[subject.subject] = value
 
     def add_pair(self, pair: Pair) -> None:
         """Add a pair, if both its subjects were found."""
-        if {pair.moving, pair.fixed} <= {subject.subject for subject in self.subjects}:
+        if {pair.moving, pair.fixed} <= self._names:
             self.pairs.append(pair)
         else:
             self.problems.append(f"pair {pair.pair}: one of its subjects is missing; the pair is left out")
@@ -79,7 +82,7 @@ class Layout:
 
     def fits(self, root: Path) -> bool:
         """Whether something below `root` has this layout."""
-        return any(root.glob(self.marker))
+        return bool(visible(root.glob(self.marker)))
 
 
 def one_of(root: Path, candidates: Iterable[Path], what: str) -> Path:
@@ -88,18 +91,23 @@ def one_of(root: Path, candidates: Iterable[Path], what: str) -> Path:
     Raises:
         CohortError: when there is none, or more than one.
     """
-    found = sorted(candidates)
+    found = visible(candidates)
     if not found:
         raise CohortError(f"{root}: no {what}; found {inside(root)}")
     if len(found) > 1:
-        folders = ", ".join(str(path.relative_to(root)) for path in found[:_SHOWN])
+        folders = ", ".join(os.path.relpath(path, root) for path in found[:_SHOWN])
         raise CohortError(f"{root}: {len(found)} times {what} ({folders}); give the folder of one of them")
     return found[0]
 
 
+def visible(paths: Iterable[Path]) -> list[Path]:
+    """Paths in order, without hidden files such as the `._X` that macOS leaves beside every X."""
+    return sorted(path for path in paths if not path.name.startswith("."))
+
+
 def inside(root: Path) -> str:
     """The first names in a folder, for messages."""
-    names = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+    names = [path.name for path in visible(root.iterdir())]
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more or "nothing"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from storage.cohort import Pair, Subject
 from storage.layouts.derived import read_points, write_points
-from storage.layouts.found import Found, Layout, existing, one_of, stem
+from storage.layouts.found import Found, Layout, existing, one_of, stem, visible
 from storage.manifest import CohortError
 from storage.sources import ImageError
 
@@ -43,7 +43,7 @@ def read(found: Found, select: str) -> None:
 
 def list_files(root: Path) -> list[Path]:
     """Dataset JSON files in a folder, that of BIDS left out."""
-    return [path for path in sorted(root.glob("*dataset*.json")) if path.name != "dataset_description.json"]
+    return [path for path in visible(root.glob("*dataset*.json")) if path.name != "dataset_description.json"]
 
 
 def read_listing(path: Path) -> dict[str, Any]:
@@ -126,6 +126,8 @@ def _beside(image: Path, root: Path, entry: dict[str, str], kind: str, suffix: s
     listed = entry.get(kind) or entry.get(f"{kind}s")
     if listed:
         return str(root / listed)
+    if "images" not in image.parent.name:
+        return ""
     beside = image.parent.with_name(image.parent.name.replace("images", f"{kind}s"))
     return existing(beside / f"{stem(image)}{suffix}")
 

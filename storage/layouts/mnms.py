@@ -7,7 +7,7 @@ from pathlib import Path
 
 from storage.cohort import Pair, Subject
 from storage.layouts.derived import write_frame
-from storage.layouts.found import Found, Layout, one_of
+from storage.layouts.found import Found, Layout, one_of, visible
 from storage.manifest import CohortError
 from storage.sources import ImageError
 
@@ -22,7 +22,7 @@ _NEEDED = ("External code", "Vendor", "ED", "ES")
 def read(found: Found, select: str) -> None:
     """Two subjects per heart, `A0S9V9_ED` and `A0S9V9_ES`, copied from the cine; the pair registers ES to ED."""
     listing = _read_listing(found.root)
-    for cine in sorted(found.root.rglob("*_sa.nii.gz")):
+    for cine in visible(found.root.rglob("*_sa.nii.gz")):
         code = cine.parent.name
         row = listing.get(code)
         if row is None:

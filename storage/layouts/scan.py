@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 from storage.cohort import Cohort, Subject
 from storage.layouts import bids, learn2reg
-from storage.layouts.found import LABEL_ENDING, stem
+from storage.layouts.found import LABEL_ENDING, stem, visible
 from storage.manifest import CohortError
 from storage.sources import PICTURE_SUFFIXES
 
@@ -42,7 +43,7 @@ def scan(path: str | Path) -> Cohort:
 
 
 def _scan_folder(root: Path) -> tuple[Subject, ...]:
-    files = [p for p in sorted(root.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+    files = [p for p in visible(root.rglob("*")) if p.is_file()]
     images = [p for p in files if p.name.lower().endswith(_IMAGE_SUFFIXES)]
     by_stem = {(p.parent, stem(p)): p for p in images}
     labels = {p for p in images if LABEL_ENDING.search(stem(p)) or p.parent.name.lower().startswith("label")}
@@ -57,8 +58,9 @@ def _scan_folder(root: Path) -> tuple[Subject, ...]:
         found.append((image, str(label or ""), str(landmarks) if landmarks.exists() else ""))
     found += [(folder, "", "") for folder in sorted({p.parent for p in files if _is_dicom(p)})]
     stems = [stem(path) for path, _, _ in found]
+    times = Counter(stems)
     return tuple(
-        Subject(stem if stems.count(stem) == 1 else path.relative_to(root).as_posix(), str(path), label, landmarks)
+        Subject(stem if times[stem] == 1 else path.relative_to(root).as_posix(), str(path), label, landmarks)
         for stem, (path, label, landmarks) in zip(stems, found, strict=True)
     )
 
