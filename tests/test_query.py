@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -311,6 +312,11 @@ def test_the_surest_subjects_ask_again(study: Path) -> None:
     region = ask(opened, "a", seed).region
     same = opened.index.columns["slice"][through.row] == region.slices[through.region]
     assert same.mean() > 0.7
+
+
+def test_a_system_that_does_not_tell_its_affinity_is_no_obstacle(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert (ask(open_study(study), "a", Seed("label", (2,))).found.total > 0.5).all()
 
 
 def test_small_pieces() -> None:
