@@ -136,6 +136,16 @@ def test_subjects_where_nothing_is_found_are_listed_last(study: Path) -> None:
     assert not (study / "queries" / "strict").exists()
 
 
+def test_nothing_of_an_earlier_query_of_the_name_is_left(copy: Path) -> None:
+    assert _call(copy, "--subject", "a", "--label", 2, "--masks", "--name", "same")[0] == 0
+    assert _call(copy, "--subject", "a", "--label", 1, "--name", "same", "--top", 0)[0] == 0
+    assert not (copy / "queries" / "same").exists()
+
+
+def test_a_query_is_named_after_its_place_however_far_out_it_is() -> None:
+    assert Seed("point-mm", (1e6, -2.5, 0)).name == "point-mm-1000000--2.5-0"
+
+
 def test_an_image_that_is_gone_costs_its_panel_only(copy: Path) -> None:
     plan = json.loads((copy / "plan.json").read_text())
     plan["manifest"]["b"]["image"] = str(copy / "gone.nii.gz")
