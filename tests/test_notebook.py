@@ -95,7 +95,7 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
     image.unlink()
     transform.write_bytes(b"")
     assert volume.shape == field.shape[1:]
-    for lazy, expected in ((volume, f"{image}: no such file"), (field, f"{transform}: not a transform that samreg wrote")):
+    for lazy, expected in ((volume, f"{image}: no such file"), (field, f"{transform}: not a transform that samreg")):
         with pytest.raises(ValueError, match=re.escape(expected)):
             lazy.compute()
 
