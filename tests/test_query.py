@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -227,6 +228,39 @@ def test_the_index_is_made_once_for_what_the_store_holds(copy: Path) -> None:
     assert [path.name for path in root.iterdir()] == [second.signature]
     rows = second.rows("b")
     assert rows.stop - rows.start == 3
+
+
+def test_an_index_without_its_marker_is_made_anew(copy: Path) -> None:
+    store, root = EmbeddingStore(copy / "embeddings.zarr"), copy / "index"
+    first = open_index(store, root)
+    (root / first.signature / "index.json").unlink()
+    assert open_index(store, root).subjects == first.subjects
+
+
+def test_of_two_first_queries_the_faster_makes_the_index(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, root = EmbeddingStore(copy / "embeddings.zarr"), copy / "index"
+    rename = Path.rename
+
+    def slower(path: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        open_index(store, root)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", slower)
+    found = open_index(store, root)
+    assert found.subjects == sorted(NAMES)
+    assert [path.name for path in root.iterdir()] == [found.signature]
+
+
+def test_what_a_killed_builder_of_an_index_left_goes_and_what_a_living_one_writes_stays(copy: Path) -> None:
+    dead, alive = (copy / "index" / f".0123456789abcdef-{token}" for token in ("dead0000", "a11fe000"))
+    for folder in (dead, alive):
+        folder.mkdir(parents=True)
+        (folder / ".lock").touch()
+    with (alive / ".lock").open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        found = open_index(EmbeddingStore(copy / "embeddings.zarr"), copy / "index")
+    assert {path.name for path in (copy / "index").iterdir()} == {alive.name, found.signature}
 
 
 def test_stores_that_cannot_be_asked(copy: Path, tmp_path: Path) -> None:
