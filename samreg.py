@@ -81,7 +81,8 @@ def register_pair(
         out: study folder to keep; None works in a temporary one.
 
     Raises:
-        ImageError, ValueError, RuntimeError: with the message of the stage that failed.
+        UsageError: for settings that cannot be used, or the folder of another study.
+        StudyError: with the message of the stage that failed.
     """
     from pipeline.single import register
 

@@ -22,10 +22,9 @@ from scipy.spatial import KDTree
 from pipeline.algorithms.inverse_points import invert_points
 from pipeline.dispatch import Failure, attempt
 from pipeline.errors import StudyError, UsageError
-from pipeline.pair_files import StudyPairs, bids_labels, read_study_pairs
-from pipeline.results import rows_of
+from pipeline.pair_files import StudyPairs, bids_labels, pair_rows, read_study_pairs
 from pipeline.stages.matched_rois import roi_pairs
-from storage import tables, warping
+from storage import warping
 from storage.cohort import Pair
 from storage.geometry import Geometry
 from storage.images import read_image
@@ -221,10 +220,8 @@ def _moving_rois(known: StudyPairs, pair: Pair) -> list[Roi]:
     Raises:
         UsageError: when no ROIs were matched.
     """
-    root, store = known.folder.root, known.folder.store
-    parts = tables.part_names(root, "correspondences")
-    rows = [row for part in parts for row in rows_of(root, "correspondences", part, [pair.pair])[pair.pair]]
+    store = known.folder.store
+    rows = pair_rows(known.folder.root, "correspondences", pair.pair).sort_by("rank").to_pylist()
     if not rows:
         raise UsageError(f"pair {pair.pair} has no matched ROIs")
-    ordered = sorted(rows, key=lambda row: row["rank"])
-    return [found.moving for found in roi_pairs(store.read(pair.fixed), store.read(pair.moving), ordered)]
+    return [found.moving for found in roi_pairs(store.read(pair.fixed), store.read(pair.moving), rows)]

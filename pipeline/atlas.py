@@ -90,8 +90,8 @@ def run_atlas(
     config = atlas_config(make_config(run["config"]), settings, execution or {})
     with (
         stopped_by_full_disk(folder),
-        folder.lock(),
-        open_executor(config.execution, rounds=config.atlas.iterations) as executor,
+        folder.lock() as lock,
+        open_executor(config.execution, lock.check, rounds=config.atlas.iterations) as executor,
     ):
         atlas = Atlas(config, record.planned_subjects(plan), folder, executor, reporter or Reporter())
         outcomes, settled = atlas.run()
@@ -160,7 +160,7 @@ class Atlas:
                 outcomes[-1] = self._collecting(iteration, partial(iteration.run, anew=True))
             subjects = [row["subject"] for row in outcomes[-1].rows]
             self._collecting(iteration, partial(iteration.map_rois, subjects))
-            self._publish(folder)
+            self._publish(folder, subjects)
         finally:
             self.failures.write()
         return tuple(outcomes), settled
@@ -210,8 +210,12 @@ class Atlas:
         write_volume(grey(image), image.geometry, folder.template)
         return folder
 
-    def _publish(self, last: IterationFolder) -> None:
-        """The results of the last iteration as those of the atlas; later iterations of an earlier run go."""
+    def _publish(self, last: IterationFolder, subjects: Sequence[str]) -> None:
+        """The results of the last iteration as those of the atlas; later iterations of an earlier run go.
+
+        Args:
+            subjects: that are in the atlas.
+        """
         for path in self.root.glob("iteration_*"):
             if path.name > last.root.name:
                 shutil.rmtree(path)
@@ -223,7 +227,9 @@ class Atlas:
             (self.root / name).unlink()
         for name in ("transforms", "inverses"):
             shutil.rmtree(self.root / name, ignore_errors=True)
-            shutil.copytree(last.root / "composed" / name, self.root / name)
+            (self.root / name).mkdir()
+            for subject in subjects:
+                shutil.copy(last.composed(name, subject), self.root / name)
         folders = [replace(last, number=number) for number in range(last.number + 1)]
         atlas_tables.write_atlas(self.study.root, folders[1:])
         draw_montage(self.root / "montage.png", folders, self.config.input.slice_axis)

@@ -145,6 +145,7 @@ class Iteration:
 
     def _make(self, units: Sequence[AtlasUnit]) -> list[dict[str, Any]]:
         """The rows of the subjects, and everything else of the iteration on disk."""
+        self.folder.drop_composed()
         grid = self.place.grid()
         lattice, inside = atlas_shape.nodes_of(self.place)
         self.folder.create("left", (len(units), *lattice.values.shape), "float32", 0.0, len(units))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +26,7 @@ def atlas(
     ] = None,
     executor: Annotated[str | None, typer.Option("--executor", help="auto, ray or serial.")] = None,
     workers: Annotated[int | None, typer.Option("--workers", help="Worker processes.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="For the template: auto, cpu or cuda.")] = None,
 ) -> None:
     """Make an unbiased population template of a study: STUDY/atlas; exit code 1 if subjects had to be left out."""
     from pipeline.atlas import run_atlas
@@ -32,9 +34,10 @@ def atlas(
     from pipeline.progress import Reporter
 
     console = Console(stderr=True, width=None if sys.stderr.isatty() else LOG_WIDTH)
-    flags = {"reference": reference, "iterations": iterations}
+    name = None if reference is None else json.dumps(reference, ensure_ascii=False)  # 067 is a name, not a number
+    flags = {"reference": name, "iterations": iterations}
     settings = [*(overrides or []), *(f"atlas.{name}={value}" for name, value in flags.items() if value is not None)]
-    given = {"executor": executor, "workers": workers}
+    given = {"executor": executor, "workers": workers, "device": device}
     execution = {setting: value for setting, value in given.items() if value is not None}
     summary = run_atlas(study, settings, execution=execution, reporter=Reporter(console))
     console.print(str(summary.root), soft_wrap=True)

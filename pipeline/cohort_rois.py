@@ -76,15 +76,12 @@ def write_cohort_rois(study: Path, min_paths: float) -> CohortRoiSummary:
     if folder.read_plan() is None:
         raise UsageError(f"{study} is not a study folder: it has no plan.json; start one with samreg run")
     with folder.lock():
-        matches = tables.read_table(study, "correspondences")
-        if not matches.num_rows:
-            raise UsageError(f"{study} has no matches yet; run samreg run to its end first")
         tracks = _read_tracks(study)
-        left, right = (_ends(matches, role, tracks) for role in ("moving", "fixed"))
-        found = identify(tracks.subject, left, right, matches.column("confidence").to_numpy(), min_paths)
-        tables.write_part(
-            study, NAME, PART, _table(tracks, found, matches_key(matches.column("key").unique().to_pylist()))
-        )
+        left, right, confidence, keys = _read_edges(study, tracks)
+        if not len(left):
+            raise UsageError(f"{study} has no matches yet; run samreg run to its end first")
+        found = identify(tracks.subject, left, right, confidence, min_paths)
+        tables.write_part(study, NAME, PART, _table(tracks, found, matches_key(keys)))
     sizes = np.bincount(found.cluster[found.cluster >= 0])
     return CohortRoiSummary(
         tracks=int((found.cluster >= 0).sum()),
@@ -141,6 +138,19 @@ def _positions(names: pa.ChunkedArray, subjects: list[str]) -> Index:
     """Position of each name in `subjects`, -1 where it is not there."""
     found = pc.fill_null(pc.index_in(names, value_set=pa.array(subjects, pa.string())), -1)
     return np.asarray(found.to_numpy(), dtype=np.int64)
+
+
+def _read_edges(study: Path, tracks: _Tracks) -> tuple[Index, Index, npt.NDArray[np.float64], set[str]]:
+    """Both tracks and the confidence of every match, and the keys of the pairs; one part of the table at a time."""
+    columns = ("pair", "key", "moving", "fixed", "moving_roi", "fixed_roi", "confidence")
+    keys, pieces = set[str](), [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
+    for part in tables.part_names(study, "correspondences"):
+        matches = tables.read_part(study, "correspondences", part, columns)
+        ends = (_ends(matches, role, tracks) for role in ("moving", "fixed"))
+        pieces.append((*ends, matches.column("confidence").to_numpy()))
+        keys |= set(matches.column("key").unique().to_pylist())
+    left, right, confidence = (np.concatenate(piece) for piece in zip(*pieces, strict=True))
+    return left, right, confidence, keys
 
 
 def _ends(matches: pa.Table, role: str, tracks: _Tracks) -> Index:

@@ -14,13 +14,13 @@ import dask.array as da
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import SimpleITK as sitk  # noqa: N813 (its own documentation's name)
 from dask.delayed import delayed
 
 from pipeline.errors import UsageError
 from pipeline.folder import StudyFolder
+from pipeline.pair_files import dataset, pair_rows, part_paths
 from pipeline.record import planned_pairs, planned_subjects
 from pipeline.slice_drawing import grey_of, read_encoded
 from storage import tables, warping
@@ -129,14 +129,12 @@ class OpenPair:
     @property
     def matches(self) -> pa.Table:
         """Its rows of the table `correspondences`, best first."""
-        found = _dataset(self.folder.root, "correspondences").to_table(filter=pc.field("pair") == self.name)
-        return found.sort_by("rank")
+        return pair_rows(self.folder.root, "correspondences", self.name).sort_by("rank")
 
     @property
     def metrics(self) -> pa.Table:
         """Its rows of the table `metrics`, by label."""
-        found = _dataset(self.folder.root, "metrics").to_table(filter=pc.field("pair") == self.name)
-        return found.sort_by("label")
+        return pair_rows(self.folder.root, "metrics", self.name).sort_by("label")
 
     def _output(self, kind: str) -> Path:
         path = self.folder.output(kind, self.name)
@@ -192,7 +190,7 @@ class OpenStudy:
             UsageError: for a name that is none, with the most like it.
         """
         _find(name, dict.fromkeys(tables.SCHEMAS), "table", self.folder.root)
-        return _dataset(self.folder.root, name)
+        return dataset(self.folder.root, name)
 
     def frame(self, name: str) -> DataFrame:
         """A table as a Dask dataframe, a part to a partition; raises as `table`, and for one without rows."""
@@ -201,7 +199,7 @@ class OpenStudy:
         if name not in self.tables:
             self.table(name)
             raise UsageError(f"{self.folder.root}: table {name!r} has no rows yet; it has {', '.join(self.tables)}")
-        frame: DataFrame = dd.read_parquet(str(self.folder.root / name / "*.parquet"))
+        frame: DataFrame = dd.read_parquet(part_paths(self.folder.root, name))
         return frame
 
     def subject(self, name: str) -> OpenSubject:
@@ -230,14 +228,6 @@ class OpenStudy:
         from pipeline.notebook_plots import draw_grid
 
         return draw_grid(self.pair(pair), slice_index)
-
-
-def _dataset(root: Path, name: str) -> ds.Dataset:
-    schema = tables.SCHEMAS[name]
-    paths = [str(root / name / f"{part}.parquet") for part in tables.part_names(root, name)]
-    return (
-        ds.dataset(paths, schema=schema, format="parquet") if paths else ds.dataset(pa.Table.from_batches([], schema))
-    )
 
 
 def _lazy(read: Callable[[], npt.NDArray[Any]], shape: tuple[int, ...], kind: type) -> da.Array:

@@ -1,4 +1,4 @@
-"""The pairs of a finished study by name: their transforms, their grids, and names for files made from them."""
+"""The pairs of a finished study by name: their rows, transforms and grids, and names for files made from them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
 from pipeline.errors import UsageError
 from pipeline.folder import StudyFolder
 from pipeline.record import planned_pairs, planned_subjects
+from storage import tables
 from storage.cohort import Pair, Subject, subject_key
 from storage.geometry import Geometry
 from storage.signature import digest
@@ -73,6 +78,24 @@ def read_study_pairs(study: Path) -> StudyPairs:
     if not plan or not pairs:
         raise UsageError(f"{study} holds no registered pairs; make some with samreg run")
     return StudyPairs(folder, {p.pair: p for p in pairs}, {s.subject: s for s in planned_subjects(plan)})
+
+
+def part_paths(root: Path, name: str) -> list[str]:
+    """Files of a table; those that are being written are hidden beside them."""
+    return [str(root / name / f"{part}.parquet") for part in tables.part_names(root, name)]
+
+
+def dataset(root: Path, name: str) -> ds.Dataset:
+    """A table as an Arrow dataset, of which nothing is read yet."""
+    schema, paths = tables.SCHEMAS[name], part_paths(root, name)
+    return (
+        ds.dataset(paths, schema=schema, format="parquet") if paths else ds.dataset(pa.Table.from_batches([], schema))
+    )
+
+
+def pair_rows(root: Path, name: str, pair: str) -> pa.Table:
+    """Rows of one pair; of the parts, only what may hold some is read."""
+    return dataset(root, name).to_table(filter=pc.field("pair") == pair)
 
 
 def bids_labels(subjects: Iterable[str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ STUDY/query_index/              prototypes of all subjects in one place, made by
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -140,8 +141,9 @@ def ask(
 
 
 def write_answers(result: QueryResult) -> Path:
-    """Write the table of a query."""
+    """Write the table of a query; sheets and masks of an earlier one of this name go."""
     root = result.study.folder.root
+    shutil.rmtree(root / TABLE / result.name, ignore_errors=True)
     return tables.write_part(root, TABLE, result.name, _table(result))
 
 

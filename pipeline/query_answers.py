@@ -7,7 +7,6 @@ believed by the mean of the confidences that it got.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from pipeline.algorithms.query import (
     mean_of_passes,
     subject_confidence,
 )
+from pipeline.process import own_cores
 from pipeline.query_region import Region
 from storage.query_index import QueryIndex
 
@@ -116,7 +116,7 @@ def answer_all(
     def answer_span(span: tuple[int, int]) -> tuple[Answers, tuple[int, int]]:
         return answer(regions, _block(index, *span), match.epsilon, match.spatial, settings), span
 
-    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(threads or own_cores()) as pool:
         parts = list(pool.map(answer_span, spans))
     subject_of = np.concatenate([found.subject + low for found, (low, _) in parts])
     row = index.start[subject_of] + np.concatenate([found.roi for found, _ in parts])

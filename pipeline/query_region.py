@@ -25,6 +25,7 @@ from storage.embeddings import EmbeddingStore
 from storage.geometry import Geometry
 from storage.images import read_image, read_labels, to_uint8
 from storage.landmarks import voxels_to_local, world_to_local
+from storage.signature import SignatureMismatch, check_signature
 
 if TYPE_CHECKING:
     from actors.sam import SamSegmenter
@@ -49,7 +50,7 @@ class Seed:
     @property
     def name(self) -> str:
         """For file names: `point-10-20-3`."""
-        return "-".join([self.kind, *(f"{value:g}" for value in self.values)])
+        return "-".join([self.kind, *(f"{value:.12g}" for value in self.values)])
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ class RegionFinder:
         """The region of a seed.
 
         Raises:
-            UsageError: for a seed outside the image, a subject without labels, or a place where there is no ROI.
+            UsageError: for a seed outside the image, a subject without labels, a place where there is no ROI, or
+                SAM weights that are not those of the stored features.
             ImageError: for labels, or an image that HQ-SAM needs, which cannot be read.
         """
         region = {
@@ -215,7 +217,7 @@ class RegionFinder:
 
     def _prompted(self, slices: list[int], **prompts: Any) -> Region:
         """The masks that the decoder gives for a prompt in each slice; empty ones are left out."""
-        segmenter = _sam(self._config.segmenter)
+        segmenter = self._sam()
         assert self._stored.features is not None
         values = np.stack([np.asarray(self._stored.features[z], np.float32) for z in slices])
         pictures = self._pictures(slices, segmenter.decoder.high_quality)
@@ -225,6 +227,26 @@ class RegionFinder:
         if not some.any():
             raise UsageError("SAM finds no region there; move the point or box, or choose a stored ROI with --stored")
         return self._describe(np.array(slices)[some], masks[some])
+
+    def _sam(self) -> SamSegmenter:
+        """The segmenter that the stored features are of.
+
+        Raises:
+            UsageError: when its weights or settings are others now.
+        """
+        from actors.sam import SamSegmenter
+
+        assert isinstance(self._config.segmenter, SamConfig)
+        segmenter = SamSegmenter(self._config.segmenter)
+        try:
+            check_signature(
+                f"embedding of {self.subject.subject!r}", self._stored.signature["segmenter"], segmenter.signature
+            )
+        except SignatureMismatch as error:
+            raise UsageError(
+                f"{error}. Put the study's weights back, or choose among the stored ROIs with --stored"
+            ) from None
+        return segmenter
 
     def _pictures(self, slices: list[int], needed: bool) -> npt.NDArray[np.uint8]:
         """Slices uint8 [n, H, W, 3] of the image; of no content where nothing looks at it."""
@@ -243,12 +265,6 @@ class RegionFinder:
         both = {name: np.concatenate([value, getattr(rest, name)]) for name, value in vars(region).items()}
         order = np.argsort(both["slices"])
         return Region(**{name: value[order] for name, value in both.items()})
-
-
-def _sam(config: Any) -> SamSegmenter:
-    from actors.sam import SamSegmenter
-
-    return SamSegmenter(config)
 
 
 def _surest(candidates: Candidates) -> Masks:

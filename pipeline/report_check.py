@@ -60,8 +60,9 @@ def pairs_section(data: ReportData) -> Html:
     columns = _pair_columns(data, order)
     n_suspect = int(data.suspect.sum())
     caption = f"{len(data.pairs):,} pairs: {n_suspect:,} to look at first, then by {data.ranking[0]}, worst first"
-    presets = [(f"Stand out ({int((data.quality.score >= LIMIT).sum()):,})", f"score>={LIMIT:g}")]
-    presets += [(f"Folding ({int((data.columns['fold_fraction'] > FOLDED).sum()):,})", f"folded>{100 * FOLDED:g}")]
+    score, folded_share = (np.round(v, 2) for v in (data.quality.score, 100 * data.columns["fold_fraction"]))
+    presets = [(f"Stand out ({int((score >= LIMIT).sum()):,})", f"score>={LIMIT:g}")]  # of what is shown, as the filter
+    presets += [(f"Folding ({int((folded_share > 100 * FOLDED).sum()):,})", f"folded>{100 * FOLDED:g}")]
     if data.count("dice"):
         presets.append(("Dice below 0.5", "dice<0.5"))
     found = data_table("pairs-table", caption, columns, presets)

@@ -85,9 +85,15 @@ class ReportData:
     subjects: dict[str, Subject]
 
     @cached_property
+    def of_label(self) -> dict[int, pa.ChunkedArray]:
+        """Which metrics rows are of a label; bool."""
+        labels = self.metrics.column("label")
+        return {label: pc.equal(labels, label) for label in (0, *self.labels)}
+
+    @cached_property
     def means(self) -> pa.Table:
         """The metrics rows that average over labels, one per pair."""
-        return self.metrics.filter(pc.equal(self.metrics.column("label"), 0))
+        return self.metrics.filter(self.of_label[0])
 
     @cached_property
     def pairs(self) -> list[str]:
@@ -118,8 +124,8 @@ class ReportData:
 
     def values(self, column: str, label: int = 0) -> Values:
         """The values of a metrics column over pairs, empty ones left out: float64 [n]."""
-        rows = self.metrics.filter(pc.equal(self.metrics.column("label"), label))
-        return np.asarray(rows.column(column).drop_null().to_numpy(), dtype=np.float64)
+        found = self.metrics.column(column).filter(self.of_label[label])
+        return np.asarray(found.drop_null().to_numpy(), dtype=np.float64)
 
     def final(self, column: str) -> Values:
         """A measure of the transform that was written: refined, where that was asked for; float64 [pairs]."""

@@ -16,16 +16,15 @@ from pipeline.algorithms import warp
 from pipeline.folder import StudyFolder
 from pipeline.report_data import ReportData
 from pipeline.results import rows_of
+from pipeline.slice_drawing import Grey, grey_of, read_encoded
 from storage.cohort import Subject
 from storage.embeddings import EmbeddingStore
-from storage.geometry import Geometry, SliceAxis, moving_to_fixed
-from storage.images import Image, ImageError, read_image, read_labels
+from storage.geometry import Geometry, moving_to_fixed
+from storage.images import Image, ImageError, read_labels
 from storage.transforms import TransformError, read_ddf
 
-Grey = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int32]
 
-_AXES: tuple[SliceAxis, ...] = ("sagittal", "coronal", "axial")
 SHOWN_ROIS = 8
 
 
@@ -82,10 +81,10 @@ def read_pair_view(data: ReportData, row: Mapping[str, Any]) -> PairView:
     folder = StudyFolder(data.root)
     store = EmbeddingStore(folder.embeddings)
     try:
-        fixed, moving = _read(store, fixed_subject), _read(store, moving_subject)
+        fixed, moving = read_encoded(store, fixed_subject), read_encoded(store, moving_subject)
         ddf = read_ddf(folder.transform(pair), fixed.geometry, moving.geometry)
         labels = [_read_labels(fixed_subject, fixed.geometry), _read_labels(moving_subject, moving.geometry)]
-    except FileNotFoundError as error:
+    except OSError as error:
         raise NoPictureError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from None
     except (ImageError, TransformError) as error:
         raise NoPictureError(str(error)) from None
@@ -129,7 +128,7 @@ def make_view(
 ) -> PairView:
     """Cut the slices out of two images and warp one onto the other; ddf float32 [3, D, H, W] mm."""
     z, w = slices
-    here, there = _grey(fixed), _grey(moving)
+    here, there = grey_of(fixed), grey_of(moving)
     spacing, between = fixed.geometry.spacing_mm, moving_to_fixed(fixed.geometry, moving.geometry)
 
     def onto_fixed(field: npt.NDArray[np.float32]) -> tuple[Grey, Labels | None]:
@@ -159,15 +158,6 @@ def make_view(
     )
 
 
-def _read(store: EmbeddingStore, subject: Subject) -> Image:
-    """The image in the orientation it was encoded in."""
-    geometry = store.read(subject.subject).geometry
-    image = read_image(subject.image, _AXES[geometry.world_axis()])
-    if image.geometry.shape != geometry.shape:
-        raise ImageError(f"{subject.image}: changed since it was encoded")
-    return image
-
-
 def _read_labels(subject: Subject, geometry: Geometry) -> Labels | None:
     return read_labels(subject.label, geometry) if subject.label else None
 
@@ -180,13 +170,3 @@ def _masks(
     here = store.read(fixed).masks([m["fixed_roi"] for m in matches])
     there = store.read(moving).masks([m["moving_roi"] for m in matches])
     return list(zip(here, there, strict=True))
-
-
-def _grey(image: Image) -> Grey:
-    """Intensities 0..1 float32 [D, H, W]; colour becomes its mean."""
-    values = image.array.mean(axis=3) if image.is_rgb else image.array
-    low, high = np.percentile(values, (0.5, 99.5))
-    if low == high:
-        low, high = float(values.min()), float(values.max())
-    grey: Grey = np.clip((values - low) / (high - low), 0, 1).astype(np.float32)
-    return grey

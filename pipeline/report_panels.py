@@ -12,10 +12,11 @@ from skimage.exposure import match_histograms
 
 from pipeline.report_figures import encode_png
 from pipeline.report_pairs import PairView
+from pipeline.slice_drawing import COLOURS, draw_grey, draw_outline
 
-OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#FFFFFF")
+OKABE_ITO = (*COLOURS, "#FFFFFF")
 _DARK = ("#0072B2", "#009E73", "#D55E00")
-_BLUE, _ORANGE = "#56B4E9", "#E69F00"
+_ORANGE, _BLUE = COLOURS[:2]
 _BACKING: dict[str, Any] = {"facecolor": "black", "alpha": 0.65, "linewidth": 0, "pad": 2.5}
 
 
@@ -76,26 +77,21 @@ def _deformation_grid(axes: Axes, view: PairView) -> None:
 
 
 def _grey(axes: Axes, image: npt.NDArray[np.float32], aspect: float, title: str) -> None:
-    axes.imshow(image, cmap="gray", vmin=0, vmax=1, aspect=aspect, interpolation="nearest")
+    draw_grey(axes, image, aspect)
     _entitle(axes, title)
 
 
 def _outline(axes: Axes, mask: npt.NDArray[np.bool_], number: int) -> None:
     colour = OKABE_ITO[number % len(OKABE_ITO)]
-    axes.contour(np.pad(mask, 1).astype(float), [0.5], colors=[colour], linewidths=1.6, extent=_padded(mask.shape))
+    draw_outline(axes, mask, colour)
     y, x = (float(index.mean()) for index in np.nonzero(mask))
     box = {"facecolor": colour, "pad": 1.0, "linewidth": 0}
     ink = "white" if colour in _DARK else "black"
     axes.text(x, y, str(number + 1), color=ink, fontsize=8, weight="bold", ha="center", va="center", bbox=box)
 
 
-def _padded(shape: tuple[int, ...]) -> tuple[float, float, float, float]:
-    """Centres of the outer pixels of an image padded by one, in pixels of the image."""
-    return (-1.0, float(shape[1]), -1.0, float(shape[0]))
-
-
 def _label_lines(axes: Axes, labels: npt.NDArray[np.int32] | None, colour: str, style: str) -> None:
     if labels is None:
         return
     for value in np.unique(labels[labels > 0]):
-        axes.contour((labels == value).astype(float), [0.5], colors=[colour], linewidths=1.4, linestyles=[style])
+        draw_outline(axes, labels == value, colour, style)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.config import StudyConfig
-from pipeline.errors import StudyError
+from pipeline.errors import StudyError, UsageError
 from pipeline.folder import StudyFolder
 from pipeline.progress import SilentReporter
 from pipeline.study import run_study
@@ -41,8 +41,16 @@ def register(config: StudyConfig, paths: Mapping[str, tuple[Location, ...]], out
         paths: `fixed` and `moving`, each (image, label, landmarks, segmentation).
 
     Raises:
+        UsageError: for the folder of another study.
         StudyError: with the first failure, if there is any.
     """
+    folder = StudyFolder(out)
+    plan = folder.read_plan()
+    if plan is not None and set(plan["subjects"]) != {PAIR.moving, PAIR.fixed}:
+        raise UsageError(
+            f"{out} holds a study of {len(plan['subjects'])} subjects, whose results those of this pair would replace; "
+            "give another folder"
+        )
     columns = ("image", "label", "landmarks", "segmentation")
     subjects = tuple(
         Subject(name, **{column: _located(path) for column, path in zip(columns, found, strict=True)})
@@ -52,7 +60,6 @@ def register(config: StudyConfig, paths: Mapping[str, tuple[Location, ...]], out
     failures = tables.read_table(out, "failures").to_pylist()
     if failures:
         raise StudyError(f"{failures[0]['stage']} failed with {failures[0]['error']}: {failures[0]['message']}")
-    folder = StudyFolder(out)
     store = EmbeddingStore(folder.embeddings)
     path = folder.transform(PAIR.pair)
     ddf = read_ddf(path, store.geometry("fixed"), store.geometry("moving"))

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-call"
-"""One slice of a subject as it was encoded, and how to draw it: for contact sheets and notebooks."""
+"""One slice of a subject as it was encoded, and how to draw it: for reports, contact sheets and notebooks."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@
       pairs.parquet     the metrics of every pair under every combination
       sweep.yaml        the settings of the study, the grid, versions
       combinations/     the correspondences, metrics and failures tables of each
-      pooled/           prototypes of other `rois` or `prototypes` settings than the study's
+      pooled/           prototypes of other `rois`, `prototypes` or `tracks` settings than the study's
 
 Each combination is a study folder that reads the embeddings of the study, so its rows carry the same keys, and a
 sweep resumes as a study does. Images are never opened: what they were is written in the store.
@@ -35,7 +35,7 @@ from pipeline.pairs import choose_pairs
 from pipeline.progress import Reporter
 from pipeline.request import Request, request_pairs
 from pipeline.study import StageCount, Study, stopped_by_full_disk
-from pipeline.sweep_grid import Combination, Grid, section_digest
+from pipeline.sweep_grid import POOLED, Combination, Grid, section_digest
 from storage import tables
 from storage.atomic import clear_abandoned, replace_file
 from storage.cohort import Cohort, Pair, Subject, subject_key
@@ -156,8 +156,8 @@ class Sweep:
     def __post_init__(self) -> None:
         config = self.request.config
         self.store = self.study.store
-        self.pooled_with = section_digest(config, "rois", "prototypes")
-        self.matched[section_digest(config, "rois", "prototypes", "match")] = self.study.root
+        self.pooled_with = section_digest(config, *POOLED)
+        self.matched[section_digest(config, *POOLED, "match")] = self.study.root
         self.signatures: dict[str, dict[str, Any]] = {}
         self.inputs: dict[str, InputDigests] = {}
         self.unusable: dict[str, Failure] = {}
@@ -240,7 +240,7 @@ class Sweep:
 
     def _pooled(self, combination: Combination) -> StudyFolder:
         """Where the prototypes of a combination lie: in the study, or, made otherwise, in the sweep."""
-        made = section_digest(combination.config, "rois", "prototypes")
+        made = section_digest(combination.config, *POOLED)
         if made == self.pooled_with:
             return self.study
         root = self.root / "pooled" / made
@@ -248,7 +248,7 @@ class Sweep:
 
     def _adopt_matches(self, config: StudyConfig, root: Path) -> None:
         """Copy the matches of a folder made with the same settings up to the matching; their keys are the same."""
-        source = self.matched.setdefault(section_digest(config, "rois", "prototypes", "match"), root)
+        source = self.matched.setdefault(section_digest(config, *POOLED, "match"), root)
         for part in tables.part_names(source, "correspondences") if source != root else ():
             if not tables.has_part(root, "correspondences", part):
                 tables.write_part(root, "correspondences", part, tables.read_part(source, "correspondences", part))

@@ -14,13 +14,17 @@ from typing import Any
 from pipeline.config import ConfigError, StudyConfig, parse_setting, read_yaml, with_settings
 from storage.signature import digest
 
-SWEPT = ("rois", "prototypes", "match", "fit")
+POOLED = ("rois", "prototypes", "tracks")
+"""Sections that the prototypes are made with."""
+SWEPT = (*POOLED, "match", "fit")
 _ENCODED = "it decides what is encoded, and a sweep never encodes; run a study of its own for each value"
 _REFUSED = {
     "input": _ENCODED,
     "segmenter": _ENCODED,
     "pairs": "all combinations register the same pairs; choose those with --pairs",
     "execution": "it changes no result; use --workers and --executor",
+    "output": "it changes no result; run a study for its files",
+    "atlas": "it concerns samreg atlas alone",
     "preset": "it reaches beyond them; name its settings one by one",
 }
 

@@ -12,6 +12,8 @@ them changes, it is another index, and the old one is deleted.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import secrets
 import shutil
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from storage.atomic import named_error
+from storage.atomic import is_abandoned, named_error
 from storage.embeddings import EmbeddingStore
 from storage.signature import digest
 
@@ -38,6 +40,7 @@ COLUMNS = {
 }
 _VERSION = 1
 _MARKER = "index.json"
+_LOCK = ".lock"
 
 
 class QueryIndexError(ValueError):
@@ -120,20 +123,42 @@ def _read(folder: Path, signature: str) -> QueryIndex:
 
 
 def _write(store: EmbeddingStore, subjects: list[str], folder: Path) -> None:
-    """Write aside and rename; older indices go. Another process that was faster made the same one."""
+    """Write aside and rename; older indices and what killed writers left go.
+
+    The writer holds a lock in its folder while it lives.
+    """
     aside = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    lock = aside / _LOCK
     try:
         aside.mkdir(parents=True)
-        _fill(store, subjects, aside)
-        if not folder.exists():
-            aside.rename(folder)
+        with lock.open("wb") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            _fill(store, subjects, aside)
+            lock.unlink()
+            _rename(aside, folder)
     except OSError as error:
         raise named_error(error, folder) from error.__cause__
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     for old in folder.parent.iterdir():
-        if old != folder and not old.name.startswith("."):
+        if old != folder and (not old.name.startswith(".") or is_abandoned(old / _LOCK)):
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _rename(aside: Path, folder: Path) -> None:
+    """Put a whole index in its place, unless another process was faster; one without its marker is of no use."""
+    for last in (False, True):
+        try:
+            aside.rename(folder)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            if (folder / _MARKER).exists():
+                return
+            if last:
+                raise
+            shutil.rmtree(folder)
 
 
 def _fill(store: EmbeddingStore, subjects: list[str], folder: Path) -> None:

@@ -26,7 +26,8 @@ from pipeline.atlas_folder import BLOCK_BYTES, IterationFolder
 from pipeline.cli import app
 from pipeline.cohort_rois import write_cohort_rois
 from pipeline.config import make_config
-from pipeline.errors import StudyError, UsageError
+from pipeline.errors import FolderError, StudyError, UsageError
+from pipeline.lock import StudyLock
 from pipeline.phantom_warp import Variation
 from pipeline.progress import Advance, Reporter, SilentReporter
 from pipeline.study import run_study
@@ -259,6 +260,20 @@ def test_bad_subjects_are_named_and_left_out(fresh: Path, tmp_path: Path) -> Non
     assert "whole" in named["subject-02"]
 
 
+def test_a_subject_that_broke_leaves_the_atlas(study: Path, made: AtlasSummary, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(study, tmp_path / "study", symlinks=True))
+    settings = ("atlas.reference=subject-01", "atlas.iterations=1")
+    atlas(copy, *settings)
+    plan = json.loads((copy / "plan.json").read_text())
+    plan["manifest"]["subject-03"]["image"] = str(tmp_path / "gone.nii.gz")
+    (copy / "plan.json").write_text(json.dumps(plan))
+    atlas(copy, *settings)
+    left = {*NAMES} - {"subject-03"}
+    assert {row["subject"] for row in rows(copy)} == left
+    for name in ("transforms", "inverses"):
+        assert {path.stem for path in (copy / "atlas" / name).iterdir()} == left
+
+
 def test_an_atlas_needs_two_subjects(fresh: Path) -> None:
     plan = json.loads((fresh / "plan.json").read_text())
     for name in NAMES[1:]:
@@ -279,6 +294,22 @@ def test_an_atlas_needs_two_subjects(fresh: Path) -> None:
 def test_settings_that_cannot_be_used_are_refused(study: Path, setting: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         atlas(study, setting)
+
+
+@pytest.mark.parametrize("name", ["067", "é: 'x'"])
+def test_a_reference_is_a_name_whatever_it_looks_like(study: Path, name: str) -> None:
+    found = CliRunner().invoke(app, ["atlas", str(study), "--reference", name, "--device", "cpu"])
+    assert found.exit_code == 2
+    assert f"atlas.reference is {name!r}, which is no subject" in found.output
+
+
+def test_a_run_that_lost_its_folder_to_another_stops(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(lock: StudyLock) -> None:
+        raise FolderError("taken over")
+
+    monkeypatch.setattr(StudyLock, "check", lost)
+    with pytest.raises(FolderError, match="taken over"):
+        atlas(fresh, "atlas.iterations=1")
 
 
 def test_a_folder_without_a_study_is_refused(tmp_path: Path) -> None:

@@ -268,7 +268,7 @@ def test_files_that_cannot_be_used_are_named_and_the_others_done(made: Path, pic
     assert _files(tmp_path) == ["subject-02_label_in-subject01.nii.gz"]
 
 
-def test_points_are_inverted_everywhere_and_folds_are_said() -> None:
+def test_points_are_inverted_everywhere() -> None:
     geometry = Geometry((9, 33, 41), (5.0, 1.5, 1.5))
     rng = np.random.default_rng(0)
     affine = np.eye(4)
@@ -277,6 +277,29 @@ def test_points_are_inverted_everywhere_and_folds_are_said() -> None:
     transform = make_transform(affine, lattice, (5.0, 3.0, 3.0), geometry)
     points = rng.uniform(-0.2, 1.2, (300, 3)) * (60.0, 48.0, 40.0)
     np.testing.assert_allclose(inverse_at(transform, transform.at(points)), points, atol=0.02)
+
+
+def test_landmarks_that_come_from_nowhere_are_left_empty_and_named(made: Path, tmp_path: Path) -> None:
+    geometry, rng = Geometry((3, 64, 64), (5.0, 1.5, 1.5)), np.random.default_rng(0)
+    torn = rng.normal(0, 4, (3, 3, 17, 17)) * np.reshape((0, 1, 1), (3, 1, 1, 1))
+    study = tmp_path / "study"
+    shutil.copytree(made / "study", study)
+    write_transform(StudyFolder(study).transform(PAIR), np.eye(4), torn, (5.0, 6.0, 6.0), geometry, {"key": "k"})
+    points = tmp_path / "points.csv"
+    rows = [("name", "x", "y", "z"), *((n, *p) for n, p in enumerate(rng.uniform(0, 90, (12, 3)) * (1, 1, 0.1)))]
+    points.write_text("\n".join(",".join(map(str, row)) for row in rows))
+    code, said = _call("apply", study, PAIR, "--out", tmp_path / "out", "--moving-landmarks", points)
+    assert code == 1
+    target = tmp_path / "out" / "points_in-subject01.csv"
+    with target.open(newline="") as stream:
+        found = list(csv.DictReader(stream))
+    empty = [number for number, row in enumerate(found, 1) if row["x"] == row["y"] == row["z"] == ""]
+    assert 0 < len(empty) < 12
+    assert all(row["x"] and row["y"] and row["z"] for n, row in enumerate(found, 1) if n not in empty)
+    assert [row["name"] for row in found] == [str(n) for n in range(12)]
+    said = " ".join(said.split())
+    assert f"takes no position to point {', '.join(map(str, empty))} of 12, since it folds there" in said
+    assert f"left empty in {target}" in said
 
 
 def test_names_that_bids_does_not_allow() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.algorithms import cohort_graph
+from pipeline.algorithms import cohort_graph, cohort_rois
 from pipeline.algorithms.cohort_rois import Identity, count_cycles, identify
 from pipeline.cli import app
 from pipeline.cohort_rois import remove_stale, write_cohort_rois
@@ -133,6 +133,14 @@ def test_triangles_are_counted() -> None:
     left, right = np.append(left, 1), np.append(right, 4)
     closed, cycles = count_cycles(subject, left, right)
     assert (closed[3], cycles[3]) == (0, 1)
+
+
+def test_triangles_are_the_same_however_many_are_looked_up_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, _, left, right, _ = synthetic(12, 20, all_pairs(12), 0.7)
+    whole = count_cycles(subject, left, right)
+    for size in (1, 37):
+        monkeypatch.setattr(cohort_rois, "_CHUNK", size)
+        np.testing.assert_array_equal(count_cycles(subject, left, right), whole)
 
 
 def test_no_match_is_no_cohort_roi() -> None:

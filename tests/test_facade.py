@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import samreg
-from pipeline.errors import StudyError
+from pipeline.errors import StudyError, UsageError
 from tests import phantoms
 
 QUICK = {"fit": phantoms.QUICK_FIT, "execution": {"executor": "serial"}}
@@ -51,6 +51,9 @@ def test_run_study_takes_a_manifest(tmp_path: Path) -> None:
     manifest = phantoms.write_cohort(tmp_path / "data", ["a", "b"])
     summary = samreg.run_study(manifest, tmp_path / "study", QUICK, "star")
     assert summary.n_failures == 0
+    images = (manifest.parent / "0.nii.gz", manifest.parent / "1.nii.gz")
+    with pytest.raises(UsageError, match=r"holds a study of 2 subjects.*give another folder"):
+        samreg.register_pair(*images, QUICK, out=tmp_path / "study")
     assert set(samreg.read_table(tmp_path / "study", "metrics").pair) == {"b__a"}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -135,6 +137,16 @@ def test_subjects_where_nothing_is_found_are_listed_last(study: Path) -> None:
     assert not (study / "queries" / "strict").exists()
 
 
+def test_nothing_of_an_earlier_query_of_the_name_is_left(copy: Path) -> None:
+    assert _call(copy, "--subject", "a", "--label", 2, "--masks", "--name", "same")[0] == 0
+    assert _call(copy, "--subject", "a", "--label", 1, "--name", "same", "--top", 0)[0] == 0
+    assert not (copy / "queries" / "same").exists()
+
+
+def test_a_query_is_named_after_its_place_however_far_out_it_is() -> None:
+    assert Seed("point-mm", (1e6, -2.5, 0)).name == "point-mm-1000000--2.5-0"
+
+
 def test_an_image_that_is_gone_costs_its_panel_only(copy: Path) -> None:
     plan = json.loads((copy / "plan.json").read_text())
     plan["manifest"]["b"]["image"] = str(copy / "gone.nii.gz")
@@ -216,6 +228,39 @@ def test_the_index_is_made_once_for_what_the_store_holds(copy: Path) -> None:
     assert [path.name for path in root.iterdir()] == [second.signature]
     rows = second.rows("b")
     assert rows.stop - rows.start == 3
+
+
+def test_an_index_without_its_marker_is_made_anew(copy: Path) -> None:
+    store, root = EmbeddingStore(copy / "embeddings.zarr"), copy / "index"
+    first = open_index(store, root)
+    (root / first.signature / "index.json").unlink()
+    assert open_index(store, root).subjects == first.subjects
+
+
+def test_of_two_first_queries_the_faster_makes_the_index(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, root = EmbeddingStore(copy / "embeddings.zarr"), copy / "index"
+    rename = Path.rename
+
+    def slower(path: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        open_index(store, root)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", slower)
+    found = open_index(store, root)
+    assert found.subjects == sorted(NAMES)
+    assert [path.name for path in root.iterdir()] == [found.signature]
+
+
+def test_what_a_killed_builder_of_an_index_left_goes_and_what_a_living_one_writes_stays(copy: Path) -> None:
+    dead, alive = (copy / "index" / f".0123456789abcdef-{token}" for token in ("dead0000", "a11fe000"))
+    for folder in (dead, alive):
+        folder.mkdir(parents=True)
+        (folder / ".lock").touch()
+    with (alive / ".lock").open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        found = open_index(EmbeddingStore(copy / "embeddings.zarr"), copy / "index")
+    assert {path.name for path in (copy / "index").iterdir()} == {alive.name, found.signature}
 
 
 def test_stores_that_cannot_be_asked(copy: Path, tmp_path: Path) -> None:
@@ -311,6 +356,11 @@ def test_the_surest_subjects_ask_again(study: Path) -> None:
     region = ask(opened, "a", seed).region
     same = opened.index.columns["slice"][through.row] == region.slices[through.region]
     assert same.mean() > 0.7
+
+
+def test_a_system_that_does_not_tell_its_affinity_is_no_obstacle(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert (ask(open_study(study), "a", Seed("label", (2,))).found.total > 0.5).all()
 
 
 def test_small_pieces() -> None:

@@ -6,8 +6,10 @@ import base64
 import gzip
 import io
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,14 +20,15 @@ from PIL import Image
 from skimage.color import deltaE_ciede2000, rgb2lab
 
 from benchmarks import report as synthetic
-from pipeline import report_figures, report_page, report_panels, report_tables
+from pipeline import report_figures, report_page, report_pairs, report_panels, report_tables
 from pipeline.algorithms.quality import LIMIT
 from pipeline.errors import UsageError
 from pipeline.report import write_report
 from pipeline.report_album import Album
+from pipeline.report_check import pairs_section
 from pipeline.report_data import best_median_worst, read_report_data
 from pipeline.report_matches import BINS, read_matches
-from pipeline.report_pairs import choose_slices
+from pipeline.report_pairs import PairView, choose_slices
 from storage import tables
 from storage.geometry import Geometry
 from tests.sample_study import HOSTILE, write_study
@@ -133,6 +136,17 @@ def test_without_images_the_rest_is_still_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_charts")
+def test_a_file_that_may_not_be_read_costs_its_picture_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(path: Path, *_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(report_pairs, "read_ddf", forbidden)
+    text = write_report(write_study(tmp_path)).read_text(encoding="utf-8")
+    assert ".h5: Permission denied" in text
+    assert "Worst: " in text
+
+
+@pytest.mark.usefixtures("no_charts")
 def test_a_study_without_labels_is_ranked_by_similarity(tmp_path: Path) -> None:
     study = write_study(tmp_path)
     for part in tables.part_names(study, "metrics"):
@@ -191,6 +205,28 @@ def test_overlay_is_grey_where_images_agree() -> None:
     image = np.array([[0.0, 1.0, 0.5]], dtype=np.float32)
     overlay = report_panels.composite(image, np.array([[0.0, 1.0, 0.0]], dtype=np.float32))
     np.testing.assert_array_equal(overlay, [[[0, 0, 0], [1, 1, 1], [0, 0.5, 0]]])
+
+
+def test_labels_are_outlined_along_the_border_of_the_image() -> None:
+    grey, labels = np.zeros((12, 12), np.float32), np.ones((12, 12), np.int32)
+    shared: dict[str, Any] = {"rois": [], "sampled": np.indices((12, 12)) * 1.0, "shift_mm": np.zeros((12, 12))}
+    shared |= dict.fromkeys(("fixed", "moving", "before", "moved"), grey)
+    shared |= {"unit": "mm", "fixed_slice": 0, "moving_slice": 0, "aspect": 1.0, "moving_aspect": 1.0}
+    without, outlined = (
+        report_panels.pair_panels(PairView(**shared, fixed_labels=found, before_labels=None, moved_labels=None))
+        for found in (None, labels)
+    )
+    assert without != outlined
+
+
+def test_a_filter_is_announced_with_as_many_pairs_as_it_will_show(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_tables, "_FILTER_FROM", 1)
+    data = read_report_data(study)
+    data.__dict__["quality"] = replace(data.quality, check=np.array([1.996, 1.994]))
+    data.columns["fold_fraction"][:] = [0.010001, 0.0102]
+    shown = pairs_section(data)
+    assert "Stand out (1)" in shown
+    assert "Folding (1)" in shown
 
 
 def test_text_is_escaped_and_markup_is_not() -> None:

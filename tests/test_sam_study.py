@@ -216,6 +216,21 @@ def test_a_query_prompts_the_decoder_on_stored_features(serial: Path, checkpoint
             ask(opened, "a", seed)
 
 
+def test_a_query_prompts_no_other_weights_than_the_study_was_encoded_with(
+    serial: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    study = tmp_path / "study"
+    shutil.copytree(serial, study)
+    other = tmp_path / "other.pth"
+    torch.save({name: value * 1.01 for name, value in recipe_state_dict("slimsam_77_uniform").items()}, other)
+    record = (study / "run.yaml").read_text()
+    assert str(checkpoint) in record
+    (study / "run.yaml").write_text(record.replace(str(checkpoint), str(other)))
+    opened, seed = open_study(study), Seed("point", (30, 30, 1))
+    with pytest.raises(UsageError, match=r"'a' was made otherwise: weights_sha256: stored .* with --stored"):
+        ask(opened, "a", seed)
+
+
 def test_prompts_and_slices_are_as_many(checkpoint: Path) -> None:
     segmenter, image = SamSegmenter(SamConfig("slimsam_77", str(checkpoint))), np.zeros((1, 16, 16, 3), np.uint8)
     features = Features(np.zeros((1, 256, 64, 64), np.float32), (64.0, 64.0))

@@ -151,6 +151,14 @@ def test_other_rois_are_pooled_in_the_sweep_and_once(study: Path, cohort: Path, 
     assert _done(_sweep(study, axes), "prototypes") == [(0, 3)] * 4
 
 
+def test_other_tracks_leave_the_study_as_it_is(study: Path) -> None:
+    before = _content(study / "embeddings.zarr") | _content(study / "rois")
+    summary = _sweep(study, {"match.epsilon": [0.6]}, base={"tracks.min_overlap": 0.2})
+    assert _done(summary, "prototypes") == [(3, 0)]
+    assert _content(study / "embeddings.zarr") | _content(study / "rois") == before
+    assert _done(_sweep(study, {"tracks.min_overlap": [0.2, 0.9]}, name="axis"), "match") == [(2, 0), (2, 0)]
+
+
 class _Interrupting(SilentReporter):
     """Ctrl-C after a number of stages that have something to do."""
 
@@ -245,11 +253,13 @@ def test_settings_shared_by_all_combinations(study: Path) -> None:
         (
             {"input.slice_axis": ["axial"]},
             {},
-            "input.slice_axis: .*prototypes, match and fit only: .*never encodes",
+            "input.slice_axis: .*prototypes, tracks, match and fit only: .*never encodes",
         ),
         ({"segmenter.name": ["sam_vit_b"]}, {}, "segmenter.name: .*it decides what is encoded"),
         ({"pairs.k": [1, 2]}, {}, "pairs.k: .*choose those with --pairs"),
         ({"execution.workers": [1, 2]}, {}, "execution.workers: .*changes no result; use --workers"),
+        ({"atlas.trim": [0.1, 0.2]}, {}, "atlas.trim: .*samreg atlas alone"),
+        ({"match.epsilon": [0.6]}, {"output.jacobian": True}, "output.jacobian: .*run a study for its files"),
         ({"preset": ["paper"]}, {}, "preset: .*name its settings one by one"),
         ({"match.epsilon": [0.6]}, {"input.window": [0, 1]}, "input.window: .*never encodes"),
         ({"match.epsilom": [0.6]}, {}, r"unknown setting 'match.epsilom'; did you mean 'match.epsilon'\?"),

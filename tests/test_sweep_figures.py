@@ -14,11 +14,12 @@ from PIL import Image
 from pipeline.sweep_figures import axis_figure
 from pipeline.sweep_tables import best_distance, describe_sweep
 
+OF_LABEL_1 = 0.1
 DISTANCES = ("tre_mm", "tre_vox", "landmark_tre_mm", "landmark_tre_vox")
 
 
 def _table(axes: dict[str, list[Any]], **changes: Any) -> pa.Table:
-    """A row of label 0 per combination, and one of label 1 that no figure of label 0 shows."""
+    """A row of label 0 per combination, and one of label 1 with a Dice of its own."""
     count = len(next(iter(axes.values())))
     rise = np.linspace(0, 1, count)
     columns: dict[str, Any] = {**axes, "n_pairs": [4] * count, "n_failed": [0] * count}
@@ -31,7 +32,7 @@ def _table(axes: dict[str, list[Any]], **changes: Any) -> pa.Table:
     columns |= {"n_rois": 20 + 5 * rise, "fold_fraction": [0.0] * count}
     columns |= changes
     table = pa.table({**columns, "label": [0] * count})
-    return pa.concat_tables([table, pa.table({**columns, "label": [1] * count})])
+    return pa.concat_tables([table, pa.table({**columns, "dice": [OF_LABEL_1] * count, "label": [1] * count})])
 
 
 def _pixels(png: bytes) -> npt.NDArray[np.uint8]:
@@ -62,6 +63,9 @@ def test_a_figure_follows_the_numbers_and_the_label() -> None:
     first = axis_figure(_table(axes), "match.epsilon")
     assert first == axis_figure(_table(axes), "match.epsilon")
     assert first != axis_figure(_table(axes, dice=[0.9, 0.2, 0.3]), "match.epsilon")
+    of_label = axis_figure(_table(axes), "match.epsilon", label=1)
+    assert of_label != first
+    assert of_label == axis_figure(_table(axes, dice=[OF_LABEL_1] * 3), "match.epsilon")
 
 
 def test_without_any_result_it_says_so() -> None:

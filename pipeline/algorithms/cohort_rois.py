@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -78,13 +79,15 @@ def count_cycles(subject: Index, left: Index, right: Index) -> tuple[Index, Inde
     few, many = np.where(swap, right, left), np.where(swap, left, right)
     closed, cycles = np.zeros(len(left), np.int64), np.zeros(len(left), np.int64)
     total = np.cumsum(degree[few])
-    for part in np.split(np.arange(len(left)), np.searchsorted(total, np.arange(_CHUNK, total[-1:].sum(), _CHUNK))):
-        edge = np.repeat(part, degree[few[part]])
-        offset = np.arange(len(edge)) - np.repeat(np.cumsum(degree[few[part]]) - degree[few[part]], degree[few[part]])
-        third = target[start[few[edge]] + offset]
-        other = many[edge]
-        cycles += np.bincount(edge[_contains(subject_keys, other * subjects + subject[third])], minlength=len(left))
-        closed += np.bincount(edge[_contains(edge_keys, other * count + third)], minlength=len(left))
+    cuts = np.searchsorted(total, np.arange(_CHUNK, total[-1:].sum(), _CHUNK)).tolist()
+    for low, high in pairwise([0, *cuts, len(left)]):
+        here, near = few[low:high], degree[few[low:high]]
+        edge = np.repeat(np.arange(high - low), near)
+        third = target[start[here[edge]] + np.arange(len(edge)) - np.repeat(np.cumsum(near) - near, near)]
+        other = many[low:high][edge]
+        shared = _contains(subject_keys, other * subjects + subject[third])
+        cycles[low:high] = np.bincount(edge[shared], minlength=high - low)
+        closed[low:high] = np.bincount(edge[_contains(edge_keys, other * count + third)], minlength=high - low)
     return closed, cycles
 
 
