@@ -84,7 +84,7 @@ def run(
     workers: WorkersOption = None,
     device: DeviceOption = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Encode again if the folder was made with other settings.")
+        bool, typer.Option("--overwrite", help="Encode again if made otherwise; remove fits not made again.")
     ] = False,
     until: Annotated[str, typer.Option("--until", help="Last stage to run: encode, prototypes, match or fit.")] = "fit",
 ) -> None:

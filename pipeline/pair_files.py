@@ -15,6 +15,7 @@ from pipeline.record import planned_pairs, planned_subjects
 from storage.cohort import Pair, Subject, subject_key
 from storage.geometry import Geometry
 from storage.signature import digest
+from storage.transforms import transform_signature
 
 _LEARN2REG = re.compile(r".*?(\d{4})(_\d{4})?")
 
@@ -27,11 +28,13 @@ class StudyPairs:
         folder: of the study.
         pairs: by name.
         subjects: manifest rows by name.
+        keys: fit key of every pair; None where an input could not be read.
     """
 
     folder: StudyFolder
     pairs: Mapping[str, Pair]
     subjects: Mapping[str, Subject]
+    keys: Mapping[str, str | None]
 
     def find(self, name: str) -> Pair:
         """The pair of a name.
@@ -48,11 +51,14 @@ class StudyPairs:
         """Its transform file.
 
         Raises:
-            FileNotFoundError: when the pair has none.
+            FileNotFoundError: when the pair has none, or one of an earlier run that the latest was to replace.
         """
         path = self.folder.transform(pair.pair)
         if not path.exists():
             raise FileNotFoundError(f"{path}: pair {pair.pair} has no transform; samreg status says why")
+        key, signature = self.keys[pair.pair], transform_signature(path)
+        if key and signature and signature.get("key") != key:
+            raise FileNotFoundError(f"{path}: pair {pair.pair} was fitted otherwise; samreg run makes it again")
         return path
 
     def grids(self, pair: Pair) -> tuple[Geometry, Geometry]:
@@ -72,7 +78,8 @@ def read_study_pairs(study: Path) -> StudyPairs:
     pairs = planned_pairs(plan) if plan else None
     if not plan or not pairs:
         raise UsageError(f"{study} holds no registered pairs; make some with samreg run")
-    return StudyPairs(folder, {p.pair: p for p in pairs}, {s.subject: s for s in planned_subjects(plan)})
+    keys = dict(zip(plan["pairs"]["pair"], plan["pairs"]["fit"], strict=True))
+    return StudyPairs(folder, {p.pair: p for p in pairs}, {s.subject: s for s in planned_subjects(plan)}, keys)
 
 
 def bids_labels(subjects: Iterable[str]) -> dict[str, str]:

@@ -23,8 +23,8 @@ from pipeline.errors import StudyError, UsageError
 from pipeline.failures import FailureLog
 from pipeline.folder import STAGES, StudyFolder, study_root
 from pipeline.inputs import DigestCache, InputDigests, digest_inputs
-from pipeline.keys import SubjectKeys, plan_pairs, subject_keys
-from pipeline.pair_stages import run_pairs
+from pipeline.keys import PlannedPair, SubjectKeys, plan_pairs, subject_keys
+from pipeline.pair_stages import check_removal, run_pairs
 from pipeline.pairs import PairsError, choose_pairs, similar_pairs
 from pipeline.progress import Reporter
 from pipeline.stages import encode, prototypes
@@ -76,7 +76,8 @@ def run_study(
     Args:
         pairs: what to register; None follows `config.pairs`.
         unknown: pairs that name a subject outside the cohort, recorded as failures.
-        overwrite: accept a folder made with other input or segmenter settings and encode again.
+        overwrite: accept a folder made with other input or segmenter settings and encode again; remove fitted
+            pairs that are not made again.
         until: the last stage to run.
 
     Raises:
@@ -145,16 +146,21 @@ class Study:
         record.check_settings(self.folder, self.config, segmenter, overwrite)
         inputs = self._digest_inputs()
         keys = {name: subject_keys(self.config, segmenter, found) for name, found in inputs.items()}
+        planned = plan_pairs(self.config, pairs or (), list(self.subjects), inputs, keys)
+        if pairs is not None and self.asks_for("match"):
+            check_removal(self, pairs, planned, overwrite)
         written = record.write_run(self.folder, self.config, segmenter, inputs)
         try:
-            planned = self._plan(pairs, inputs, keys)
+            self._write_plan(keys, pairs, planned)
             self._encode(keys)
             if self.asks_for("prototypes"):
                 self.pool(keys)
             if self.asks_for("match"):
                 if pairs is None:
                     pairs = self.similar()
-                    planned = self._plan(pairs, inputs, keys)
+                    planned = plan_pairs(self.config, pairs, list(self.subjects), inputs, keys)
+                    self._write_plan(keys, pairs, planned)
+                    check_removal(self, pairs, planned, overwrite)
                 self.record_unknown(unknown)
                 run_pairs(self, pairs, planned)
                 if cohort_rois.remove_stale(self.folder.root):
@@ -213,15 +219,10 @@ class Study:
             LOG.error("the units table could not be written: %s", error)
         count.parts += 1
 
-    def _plan(
-        self,
-        pairs: Sequence[Pair] | None,
-        inputs: Mapping[str, InputDigests],
-        keys: Mapping[str, SubjectKeys],
-    ) -> list[Any]:
-        planned = plan_pairs(self.config, pairs or (), list(self.subjects), inputs, keys)
+    def _write_plan(
+        self, keys: Mapping[str, SubjectKeys], pairs: Sequence[Pair] | None, planned: Sequence[PlannedPair]
+    ) -> None:
         record.write_plan(self.folder, self.cohort, keys, pairs, planned, self.until, self.config.outputs())
-        return planned
 
     def _digest_inputs(self) -> dict[str, InputDigests]:
         self.start_stage("encode", reused=0)
