@@ -148,7 +148,7 @@ def _fit(
     missing = [p for p in ready if p.pair not in fitted and p.pair not in study.failures.pairs]
     blocked = sum(1 for p in ready if p.pair in study.failures.pairs)
     count = study.start_stage("fit", reused=len(ready) - len(missing) - blocked)
-    size = max(1, min(GROUP, math.ceil(len(missing) / (4 * study.executor.workers))))
+    size = min(GROUP, math.ceil(len(missing) / (4 * study.executor.width()))) if missing else 1
     units = []
     for part, members in _by_part(missing).items():
         for start in range(0, len(members), size):

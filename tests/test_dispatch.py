@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import AuthenticationError
 
 from pipeline.dispatch import (
     ExecutionError,
@@ -122,6 +123,79 @@ def test_auto_weighs_the_work_of_every_round_to_come(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(executor, "_map_on_ray", lambda task, units: ((unit, "ray") for unit in units))
     task = Task("slow", lambda device: lambda unit: time.sleep(0.02))
     assert ("ray" in [outcome for _, outcome in executor.map_units(task, UNITS)]) == wide
+
+
+class _NoWorkers:
+    """A pool without processes."""
+
+    def __init__(self, count: int, num_gpus: float = 0.0, memory_bytes: int = 0) -> None:
+        self.count, self.num_gpus = count, num_gpus
+
+    def close(self) -> None:
+        pass
+
+
+def _widths(executor: RayExecutor, stage: str, units: int) -> set[Any]:
+    """Number of the workers that each unit is run on."""
+    task = Task(stage, _build_square)
+    return {outcome for _, outcome in executor.map_units(task, [Number(value) for value in range(units)])}
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Ray as far as an executor sees it: 64 CPUs where RAY_ADDRESS leads, else as many as were asked for, listed."""
+    cpus: list[int] = []
+
+    def connect(count: int) -> bool:
+        cpus.append(count)
+        return True
+
+    monkeypatch.setattr("actors.pool.connect", connect)
+    monkeypatch.setattr(
+        "actors.pool.cluster_resources", lambda: {"CPU": 64 if "RAY_ADDRESS" in os.environ else cpus[0]}
+    )
+    monkeypatch.setattr("actors.pool.WorkerPool", _NoWorkers)
+    bounded: Any = lambda pool, arguments, attempts, units: ((unit, pool.count, None) for unit in units)  # noqa: E731
+    monkeypatch.setattr("pipeline.window.run_bounded", bounded)
+    return cpus
+
+
+def test_more_encoding_workers_are_for_encoding_only(monkeypatch: pytest.MonkeyPatch, pretended: list[int]) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    executor = RayExecutor(ExecutionConfig(executor="ray", workers=4, encode_workers=16))
+    assert _widths(executor, "encode", 20) == {16}
+    assert pretended == [16]
+    assert executor.active_workers == 16
+    assert _widths(executor, "match", 20) == {4}
+    assert _widths(executor, "fit", 2) == {4}  # as they are
+    assert executor.active_workers == 4
+    cores = RayExecutor(ExecutionConfig(executor="ray", encode_workers=512))
+    assert _widths(cores, "encode", 600) == {512}
+    assert cores.width() == cores.workers < 512
+
+
+@pytest.mark.parametrize("executor", ["ray", "auto"])
+def test_units_are_sized_for_the_cluster_before_any_ran(
+    monkeypatch: pytest.MonkeyPatch, pretended: list[int], executor: Any
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert RayExecutor(ExecutionConfig(executor=executor)).width() == 64
+    assert RayExecutor(ExecutionConfig(executor=executor, workers=3)).width() == 3
+    assert SerialExecutor(ExecutionConfig()).width() == 1
+
+
+@pytest.mark.parametrize("error", [ConnectionError, RuntimeError, ValueError, AuthenticationError])
+def test_a_cluster_that_cannot_be_used_is_said_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def connect(cpus: int) -> bool:
+        raise error("no answer\nand much more")
+
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    monkeypatch.setattr("actors.pool.connect", connect)
+    executor = RayExecutor(ExecutionConfig(executor="ray", workers=1))
+    with pytest.raises(ExecutionError, match=r"^Ray at http://head:8265: no answer.*; see samreg doctor$"):
+        list(executor.map_units(Task("square", _build_square), UNITS))
 
 
 @pytest.mark.parametrize(("name", "kind"), [("serial", SerialExecutor), ("ray", RayExecutor), ("auto", RayExecutor)])
