@@ -106,6 +106,17 @@ def stopped_by_full_disk(folder: StudyFolder) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _less_than_the_error(table: str) -> Iterator[None]:
+    """A table that a full disk keeps from being written, which has an error of its own already under way."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        LOG.error("the %s table could not be written: %s", table, error)
+
+
 def _disk_full(folder: StudyFolder, message: str) -> StudyError:
     return StudyError(
         f"no space left for {folder.root}: {message}. "
@@ -129,12 +140,11 @@ class Study:
         self.failures = FailureLog(self.folder.root)
         self.store = self.folder.store
         self.subjects = self.cohort.by_name()
-        self.run_id = record.run_id(time.time())
+        self.started = time.time()
+        self.run_id = record.run_id(self.started)
 
     def run(self, pairs: Sequence[Pair] | None, unknown: Sequence[UnknownPair], overwrite: bool) -> StudySummary:
         """Every stage that is asked for, in order."""
-        start = time.time()
-        self.run_id = record.run_id(start)
         if pairs is None and self.config.pairs.by_similarity and finds_classes(self.config.segmenter):
             raise PairsError(
                 f"pairs {self.config.pairs.mode!r} compare prototypes, which class ROIs do not have; choose others"
@@ -150,6 +160,7 @@ class Study:
         if pairs is not None and self.asks_for("match"):
             check_removal(self, pairs, planned, overwrite)
         written = record.write_run(self.folder, self.config, segmenter, inputs)
+        self.write_failures()
         try:
             self._write_plan(keys, pairs, planned)
             self._encode(keys)
@@ -165,11 +176,18 @@ class Study:
                 run_pairs(self, pairs, planned)
                 if cohort_rois.remove_stale(self.folder.root):
                     LOG.warning("the matches have changed: run samreg cohort rois %s again", self.folder.root)
+        except BaseException:
+            with _less_than_the_error("runs"):
+                self._record_run(written, None)
+            raise
         finally:
             self.write_failures()
-        seconds = time.time() - start
-        record.append_run(self.folder, written, start, list(self.counts.values()))
-        return StudySummary(tuple(self.counts.values()), self.failures.total, seconds)
+        finished = time.time()
+        self._record_run(written, finished)
+        return StudySummary(tuple(self.counts.values()), self.failures.total, finished - self.started)
+
+    def _record_run(self, written: Mapping[str, Any], finished: float | None) -> None:
+        record.append_run(self.folder, written, self.run_id, (self.started, finished), list(self.counts.values()))
 
     def asks_for(self, stage: str) -> bool:
         """Whether the run goes as far as a stage."""
@@ -205,18 +223,14 @@ class Study:
             self._record_units(count)
 
     def _record_units(self, count: StageCount) -> None:
-        """Move the executor's ledger to the units table; on a full disk the error under way matters more."""
+        """Move the executor's ledger to the units table."""
         used, self.executor.ledger[:] = list(self.executor.ledger), []
         if not used:
             return
         peaks = [usage.peak_memory_bytes for usage in used if usage.peak_memory_bytes is not None]
         count.peak_memory_bytes = max([*peaks, count.peak_memory_bytes or 0])
-        try:
+        with _less_than_the_error("units"):
             record.append_units(self.folder, self.run_id, count.stage, count.parts, used)
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            LOG.error("the units table could not be written: %s", error)
         count.parts += 1
 
     def _write_plan(
@@ -280,10 +294,6 @@ class Study:
             self.failures.add_pair("match", pair, Failure(pair.pair, "UnknownSubject", message, ""), subject)
 
     def write_failures(self) -> None:
-        """The failures so far; a full disk has an error of its own already under way."""
-        try:
+        """Write the failures so far in place of those of an earlier run."""
+        with _less_than_the_error("failures"):
             self.failures.write()
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            LOG.error("the failures table could not be written: %s", error)

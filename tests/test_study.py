@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +254,28 @@ def test_files_stay_until_they_are_replaced(
     assert pairs.transform(pairs.find("a__b")).is_file()
 
 
+def test_a_run_cut_short_leaves_no_failures_of_the_one_before_and_says_so(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, found = tmp_path / "study", read_cohort(cohort)
+    *good, last = found.subjects
+    broken = Cohort((*good, dataclasses.replace(last, image=str(tmp_path / "gone"))))
+    assert _run(broken, out, until="match").n_failures == 1 + 4
+    monkeypatch.setattr("pipeline.stages.fit.task", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        _run(found, out)
+    status = read_status(out)
+    assert not status.failures
+    assert [(stage.done, stage.failed, stage.missing) for stage in status.stages] == [
+        (3, 0, 0), (3, 0, 0), (6, 0, 0), (0, 0, 6),
+    ]  # fmt: skip
+    first, second = (list(rows) for _, rows in groupby(tables.read_table(out, "runs").to_pylist(), itemgetter("run")))
+    assert all(row["finished"] for row in first)
+    assert {row["stage"]: (row["units_done"], row["finished"]) for row in second} == {
+        "encode": (1, None), "prototypes": (1, None), "match": (4, None), "fit": (0, None),
+    }  # fmt: skip
+
+
 def test_a_new_fit_leaves_no_file_of_the_old_one(study: Path, cohort: Path) -> None:
     _run(cohort, study, output={"jacobian": True})
     assert len(list((study / "jacobians").iterdir())) == 6
@@ -290,7 +315,9 @@ def test_dropped_features_are_made_again_only_when_needed(cohort: Path, tmp_path
     _run(cohort, out, execution=kept)
     store = EmbeddingStore(out / "embeddings.zarr")
     assert store.read("a").features is None
+    before = (out / "embeddings.zarr" / "a" / "zarr.json").stat()
     assert _counts(_run(cohort, out, execution=kept, fit={"smoothness": 0.03}))["encode"] == (0, 3, 0)
+    assert (out / "embeddings.zarr" / "a" / "zarr.json").stat() == before
     assert _counts(_run(cohort, out, execution=kept, rois={"max_area": 0.4}))["encode"] == (3, 0, 0)
 
 
