@@ -6,7 +6,7 @@ threads, so their results are the same to the bit.
 
 An exception that the function raises is the unit's own failure and is not retried. A unit whose worker dies (kill,
 out of memory, node lost) is run again after the others, the last time alone, when nothing else takes memory; only
-one that loses its worker `attempts` times is blamed.
+one that loses its worker `attempts` times is blamed. With one attempt, no two units share a call.
 """
 
 from __future__ import annotations

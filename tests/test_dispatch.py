@@ -9,14 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.exceptions import AuthenticationError
 
+from actors.pool import WorkerLostError
 from pipeline.dispatch import (
     ExecutionError,
     Failure,
@@ -27,6 +30,7 @@ from pipeline.dispatch import (
     open_executor,
 )
 from pipeline.execution import ExecutionConfig
+from pipeline.window import run_bounded
 from tests.phantoms import environment
 
 
@@ -239,6 +243,55 @@ def test_a_killed_worker_is_replaced(
             assert (outcomes[value].error, outcomes[value].attempt) == ("WorkerLost", 3)
         else:
             assert outcomes[value] == (value, expected)
+
+
+@pytest.mark.ray
+def test_dead_workers_that_are_free_cost_no_unit_more_than_one_attempt(
+    ray_executor: RayExecutor, tmp_path: Path
+) -> None:
+    """As after the loss of a node between two stages; the unit then dies once by itself."""
+    for _, pid in _outcomes(ray_executor, Task("threads", _build_threads)).values():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    task = Task("deadly", partial(_build_deadly, tmp_path, {0: 1}))
+    assert [outcome for _, outcome in ray_executor.map_units(task, UNITS[:1])] == [(0, 2)]
+
+
+class _FragileWorker:
+    """A pool of one worker, which is lost with every call that holds unit 3."""
+
+    count = 1
+
+    def __init__(self) -> None:
+        self.calls: list[list[tuple[Number, int]]] = []
+        self.has_idle = True
+
+    def submit(self, function: Any, *arguments: Any) -> int:
+        self.has_idle = False
+        self.calls.append(arguments[-1])
+        return len(self.calls) - 1
+
+    def wait(self, seconds: float) -> list[int]:
+        return [len(self.calls) - 1]
+
+    def collect(self, call: int) -> list[tuple[int, Any]]:
+        self.has_idle = True
+        if any(unit.value == 3 for unit, _ in self.calls[call]):
+            raise WorkerLostError("killed")
+        return [(unit.value, SimpleNamespace(seconds=0.0)) for unit, _ in self.calls[call]]
+
+
+@pytest.mark.parametrize(
+    ("attempts", "message"),
+    [(1, "its worker died as it ran: killed"), (2, "its worker died 2 times, the last time alone: killed")],
+)
+def test_only_the_unit_that_loses_its_worker_is_blamed(attempts: int, message: str) -> None:
+    pool: Any = _FragileWorker()
+    found = {
+        unit.value: outcome for unit, outcome, _ in run_bounded(pool, (Task("t", _build_square),), attempts, UNITS)
+    }
+    assert [value for value, outcome in found.items() if isinstance(outcome, Failure)] == [3]
+    assert found[3].message == message
 
 
 @pytest.mark.ray
