@@ -97,13 +97,20 @@ def register_pair(
     return Registration(found.ddf, found.metrics.to_pandas(), found.correspondences.to_pandas(), transform)
 
 
-def run_study(cohort: str | Path, out: str | Path, config: Any = None, pairs: str | Path | None = None) -> StudySummary:
+def run_study(
+    cohort: str | Path,
+    out: str | Path,
+    config: Any = None,
+    pairs: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+) -> StudySummary:
     """Run or resume a study as `samreg run` does; failures are counted in the summary and listed in its table."""
     from pipeline import study
     from pipeline.request import make_request
 
     request = make_request(load_config(config), Path(cohort), None if pairs is None else str(pairs))
-    return study.run_study(request.config, request.cohort, out, request.pairs, request.unknown)
+    return study.run_study(request.config, request.cohort, out, request.pairs, request.unknown, overwrite=overwrite)
 
 
 def open_study(study: str | Path) -> OpenStudy:

@@ -127,7 +127,10 @@ class WorkerPool:
             self._start()
 
     def _start(self) -> None:
-        actor = self._actor.remote()
+        self._ask(self._actor.remote())
+
+    def _ask(self, actor: Any) -> None:
+        """Give a worker nothing before it has answered."""
         self._starting[actor.pid.remote()] = actor
 
     @property
@@ -180,7 +183,8 @@ class WorkerPool:
         """The result of a finished call; its worker becomes free again.
 
         Raises:
-            WorkerLostError: the worker died; a new one is to take its place.
+            WorkerLostError: the worker died; a new one is to take its place. A node may have gone with all of its
+                workers, so the free ones have to answer before they are given anything.
         """
         actor = self._busy.pop(ref)
         try:
@@ -188,6 +192,9 @@ class WorkerPool:
         except LOST as error:
             ray.kill(actor)
             self._start()
+            for idle in self._idle:
+                self._ask(idle)
+            self._idle = []
             raise WorkerLostError(f"{type(error).__name__}: {_first_line(error)}") from error
         self._idle.append(actor)
         return result

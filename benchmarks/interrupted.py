@@ -13,6 +13,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +85,9 @@ def main() -> None:
     given = parser.parse_args()
     cohort = write_cohort(given.data, given.out, given.subjects)
     calm, hunted, log = given.out / "calm", given.out / "hunted", given.out / "hunted.log"
+    for study in (calm, hunted):
+        shutil.rmtree(study, ignore_errors=True)
+    log.unlink(missing_ok=True)
     pairs = given.subjects * (given.subjects - 1) // 2
     chance = random.Random(2)
     moments = sorted(chance.randrange(1, given.subjects + pairs) for _ in range(given.kills))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipeline.config import make_config
 from pipeline.plan import START_SECONDS, make_plan
+from pipeline.probe import folder_bytes
 from pipeline.request import make_request
 from pipeline.study import run_study
 from storage import tables
@@ -34,10 +35,6 @@ def write_manifest(data: Path, dataset: str, subjects: int, target: Path) -> Pat
     return target
 
 
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def main() -> None:
     """A line of JSON per cohort."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -56,8 +53,8 @@ def main() -> None:
         measured = {
             "seconds": sum(row["processor_seconds"] for row in units),
             "worker_bytes": max(row["peak_memory_bytes"] for row in units),
-            "store_bytes": _bytes(study / "embeddings.zarr"),
-            "transform_bytes": _bytes(study / "transforms"),
+            "store_bytes": folder_bytes(study / "embeddings.zarr"),
+            "transform_bytes": folder_bytes(study / "transforms"),
         }
         by_stage = {
             stage: round(sum(row["processor_seconds"] for row in units if row["stage"] == stage), 2)

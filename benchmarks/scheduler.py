@@ -14,12 +14,13 @@ import heapq
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -108,8 +109,10 @@ def killing(every: float) -> Iterator[list[int]]:
         while not stop.wait(every):
             victims = _workers()
             if victims:
-                killed.append(chance.choice(victims))
-                os.kill(killed[-1], signal.SIGKILL)
+                victim = chance.choice(victims)
+                with suppress(ProcessLookupError):  # it has ended by itself
+                    os.kill(victim, signal.SIGKILL)
+                    killed.append(victim)
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
@@ -176,6 +179,8 @@ def main() -> None:
     chance = random.Random(1)
     subjects = [Simulated(number, chance.uniform(*given.seconds)) for number in range(given.subjects)]
     ideal = ideal_seconds(subjects, given.workers)
+    for name in ("calm", "hunted"):
+        shutil.rmtree(given.out / name, ignore_errors=True)
     with RayExecutor(ExecutionConfig(executor="ray", workers=given.workers)) as executor:
         start, seen = time.perf_counter(), set[int]()
         while len(seen) < given.workers:

@@ -34,12 +34,13 @@ from pipeline import (
     cli_weights,
 )
 from pipeline.cli_place import parse_place, refuse_urls
+from pipeline.errors import Terminated
 from storage.redaction import RedactingFormatter, redact
 
 if TYPE_CHECKING:
     from pipeline.config import StudyConfig
 
-FAILED, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+FAILED, USAGE = 1, 2
 LOG_WIDTH = 120
 
 app = typer.Typer(
@@ -84,7 +85,7 @@ def run(
     workers: WorkersOption = None,
     device: DeviceOption = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Encode again if the folder was made with other settings.")
+        bool, typer.Option("--overwrite", help="Encode again if made otherwise; remove fits not made again.")
     ] = False,
     until: Annotated[str, typer.Option("--until", help="Last stage to run: encode, prototypes, match or fit.")] = "fit",
 ) -> None:
@@ -211,7 +212,8 @@ def _with_flags(
 def _errors_as_exit_codes(out: Path | None) -> Iterator[None]:
     """Expected errors become one clear line and an exit code; anything else is a bug and keeps its traceback."""
     from actors.sam_variants import CheckpointError, PackageMissingError
-    from pipeline.errors import StudyError, UsageError
+    from pipeline.dispatch import DISK_FULL
+    from pipeline.errors import StudyError, UsageError, exit_code
     from pipeline.folder import study_root
     from storage.manifest import CohortError
     from storage.places import ObjectStoreError
@@ -224,14 +226,18 @@ def _errors_as_exit_codes(out: Path | None) -> Iterator[None]:
             study_root(out)
         yield
     except KeyboardInterrupt as stop:
-        code = TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
-        _stop(f"interrupted; what is finished is kept. Run the same command again to go on in {out}", code)
+        there = "" if out is None else f" in {out}"
+        _stop(f"interrupted; what is finished is kept. Run the same command again to go on{there}", exit_code(stop))
     except (StudyError, ObjectStoreError) as error:
         _stop(str(error), FAILED)
     except (UsageError, CohortError, ImageError, TableError, TransformError) as error:
         _stop(str(error), USAGE)
     except (CheckpointError, PackageMissingError, FileNotFoundError, PermissionError) as error:
         _stop(str(error), USAGE)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        _stop(f"no space left: {error}; what is written is kept. Free space and run it again", FAILED)
 
 
 def _mount(
@@ -254,10 +260,6 @@ def _mount(
 def _stop(message: str, code: int) -> NoReturn:
     typer.echo(f"samreg: {redact(message)}", err=True)
     raise typer.Exit(code)
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, by which a scheduler ends a run: it stops as after Ctrl-C."""
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:

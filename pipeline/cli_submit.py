@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-INTERRUPTED = 130
 PATHS = ("cohort", "out", "pairs")
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -30,33 +29,39 @@ def submit(
     Exit codes are those of `run`, and 3 when the job was stopped, killed or lost.
     """
     from pipeline import submit as job
+    from pipeline.config import load_config
+    from pipeline.errors import exit_code
 
     asked = _parse_run(context)
     config: Path | None = asked["config"]
+    words = list(context.args)
     if config is not None and not config.is_file():
         raise job.SubmitError(f"{config}: no such configuration file here; it is sent with the job")
     variables = job.check_environment(environment or [])
-    command = job.run_command(python, context.args, config)
+    if asked["executor"] is None and load_config(config, asked["overrides"] or []).execution.executor == "auto":
+        words += ["--executor", "ray"]
+    command = job.run_command(python, words, config)
     job.check_paths({f"--{name}": None if asked[name] is None else str(asked[name]) for name in PATHS})
     with tempfile.TemporaryDirectory() as folder:
         job.pack(Path(folder), config)
         client = job.connect(address)
         name = job.submit(client, command, Path(folder), variables)
-    typer.echo(f"{name}\n{job.how_to_follow(name, address, str(asked['out']))}", err=not no_wait)
+    how_to_follow = job.how_to_follow(name, address, str(asked["out"]))
+    typer.echo(f"{name}\n{how_to_follow}", err=not no_wait)
     if no_wait:
         return
     try:
         outcome = job.follow(client, name, lambda text: typer.echo(text, nl=False))
-    except KeyboardInterrupt:
-        typer.echo(f"samreg: no longer following; the job goes on\n{job.how_to_follow(name, address, '')}", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+    except KeyboardInterrupt as stop:
+        typer.echo(f"samreg: no longer following; the job goes on\n{how_to_follow}", err=True)
+        raise typer.Exit(exit_code(stop)) from None
     if outcome.message:
         typer.echo(f"samreg: {outcome.message}", err=True)
     raise typer.Exit(outcome.code)
 
 
-def _parse_run(context: typer.Context) -> dict[str, Path | None]:
+def _parse_run(context: typer.Context) -> dict[str, Any]:
     """The options of `run` as it will read them; wrong ones are refused here, before anything is sent."""
     root: Any = context.find_root().command
-    parsed: dict[str, Path | None] = root.commands["run"].make_context("submit", list(context.args)).params
+    parsed: dict[str, Any] = root.commands["run"].make_context("submit", list(context.args)).params
     return parsed

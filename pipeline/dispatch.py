@@ -6,7 +6,7 @@ threads, so their results are the same to the bit.
 
 An exception that the function raises is the unit's own failure and is not retried. A unit whose worker dies (kill,
 out of memory, node lost) is run again after the others, the last time alone, when nothing else takes memory; only
-one that loses its worker `attempts` times is blamed.
+one that loses its worker `attempts` times is blamed. With one attempt, no two units share a call.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class SerialExecutor(AbstractContextManager["SerialExecutor"]):
     def __init__(self, config: ExecutionConfig, check: Callable[[], None] = _unguarded) -> None:
         self.config = config
         self.check = check
-        self.workers = self.active_workers = 1
+        self.active_workers = 1
         self.running = 0
         self.ledger: list[Usage] = []
 
@@ -163,6 +163,10 @@ class SerialExecutor(AbstractContextManager["SerialExecutor"]):
             self.ledger.append(usage)
             yield unit, outcome
         _built.pop(token, None)
+
+    def width(self) -> int:
+        """Processes that will run units."""
+        return 1
 
     def _device(self, task: Task) -> str:
         if not task.uses_gpu or self.config.device == "cpu":
@@ -206,10 +210,25 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
     def map_units(self, task: Task, units: Sequence[Any]) -> Iterator[tuple[Any, Any | Failure]]:
         """Run `units` on the workers."""
         waiting = deque(units)
-        if self.config.executor == "auto" and not self._started and "RAY_ADDRESS" not in os.environ:
+        if self._serial_first:
             yield from self._serial.map_units(task, self._while_cheap(task, waiting))
         if waiting:
             yield from self._map_on_ray(task, waiting)
+
+    @property
+    def _serial_first(self) -> bool:
+        return self.config.executor == "auto" and not self._started and "RAY_ADDRESS" not in os.environ
+
+    def width(self) -> int:
+        """Processes that will run the units of a task without GPU, as the cluster is now.
+
+        Raises:
+            ExecutionError: when Ray does not start.
+        """
+        if self.config.workers is None and not self._serial_first:
+            self._start_ray()
+            self._count_workers()
+        return self.workers
 
     def _while_cheap(self, task: Task, waiting: deque[Any]) -> Iterator[Any]:
         """Units to run here: until the rest, at the pace so far, would gain more from Ray than its start costs."""
@@ -226,7 +245,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
     @property
     def active_workers(self) -> int:
         """Processes that run units: this one, until Ray is needed."""
-        return self.workers if self._started else 1
+        return self._pool.count if self._pool is not None else 1
 
     def _map_on_ray(self, task: Task, units: Collection[Any]) -> Iterator[tuple[Any, Any | Failure]]:
         from pipeline.window import run_bounded
@@ -235,7 +254,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         self._task_number += 1
         device, count = self._place(task)
         share = self.config.gpu_fraction if device == "cuda" else 0.0
-        pool = self._pool_for(min(count, len(units)), share)
+        pool = self._pool_for(min(count, len(units)), count, share)
         arguments = (task, f"{os.getpid()}-{self._task_number}", device, share, self.config.threads)
         for unit, outcome, usage in run_bounded(pool, arguments, self.config.attempts, units):
             self.check()
@@ -249,13 +268,29 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         return self._pool.busy if self._pool is not None else 0
 
     def _start_ray(self) -> None:
-        from actors.pool import connect
-
         if self._started:
             return
+        from ray.exceptions import RayError
+
+        from actors.pool import connect
+
         limit_threads(self.config.threads)
-        self._owns_ray = connect(self.workers)
+        try:
+            self._owns_ray = connect(max(self.workers, self.config.encode_workers or 0))
+        except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+            address = os.environ.get("RAY_ADDRESS", "this machine")
+            first = str(error).strip().split("\n", 1)[0]
+            raise ExecutionError(redact(f"Ray at {address}: {first}; see samreg doctor")) from error
         self._started = True
+
+    def _count_workers(self) -> dict[str, float]:
+        """Set `workers` where they are not given: a cluster grows and shrinks; its resources."""
+        from actors.pool import cluster_resources
+
+        resources = cluster_resources()
+        if self.config.workers is None and ("RAY_ADDRESS" in os.environ or not self._owns_ray):
+            self.workers = max(1, int(resources.get("CPU", 1)))
+        return resources
 
     def _place(self, task: Task) -> tuple[str, int]:
         """Device and number of workers for a task.
@@ -263,12 +298,7 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         Asking for a GPU that no node has would wait for ever without a word, so the cluster's resources
         decide; `device: cuda` insists, for a cluster that scales up on demand.
         """
-        from actors.pool import cluster_resources
-
-        resources = cluster_resources()
-        gpus = float(resources.get("GPU", 0.0))
-        if self.config.workers is None:
-            self.workers = max(1, int(resources.get("CPU", 1)))  # now: a cluster grows and shrinks
+        gpus = float(self._count_workers().get("GPU", 0.0))
         if self.config.device == "cuda" and not gpus and task.uses_gpu and "RAY_ADDRESS" not in os.environ:
             raise ExecutionError(NO_GPU)
         if task.uses_gpu and (self.config.device == "cuda" or (self.config.device == "auto" and gpus)):
@@ -276,12 +306,12 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
         wanted = self.config.encode_workers if task.name == "encode" else None
         return "cpu", wanted or self.workers
 
-    def _pool_for(self, count: int, num_gpus: float) -> WorkerPool:
-        """The current pool if it suits, else a new one; never wider than the units at hand."""
+    def _pool_for(self, count: int, most: int, num_gpus: float) -> WorkerPool:
+        """The current pool if it has `count` to `most` workers, else a new one of `count`."""
         from actors.pool import WorkerPool
 
         pool = self._pool
-        if pool is not None and pool.num_gpus == num_gpus and pool.count >= count:
+        if pool is not None and pool.num_gpus == num_gpus and count <= pool.count <= most:
             return pool
         if pool is not None:
             pool.close()

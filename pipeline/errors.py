@@ -13,3 +13,12 @@ class StudyError(RuntimeError):
 
 class FolderError(UsageError):
     """The output folder cannot be used for this study; the message says what to do."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by which a scheduler ends a run: it stops as after Ctrl-C."""
+
+
+def exit_code(stop: KeyboardInterrupt) -> int:
+    """130 after Ctrl-C, 143 after SIGTERM."""
+    return 143 if isinstance(stop, Terminated) else 130

@@ -43,10 +43,6 @@ class FailureLog:
                 return True
         return False
 
-    def count(self, stage: str) -> int:
-        """Failures at a stage."""
-        return len(self.rows.get(stage, ()))
-
     @property
     def total(self) -> int:
         """Failures at all stages."""

@@ -20,6 +20,7 @@ from storage import tables
 from storage.cohort import Pair, Subject, subject_key
 from storage.geometry import Geometry
 from storage.signature import digest
+from storage.transforms import transform_signature
 
 _LEARN2REG = re.compile(r".*?(\d{4})(_\d{4})?")
 
@@ -32,11 +33,13 @@ class StudyPairs:
         folder: of the study.
         pairs: by name.
         subjects: manifest rows by name.
+        keys: fit key of every pair; None where an input could not be read.
     """
 
     folder: StudyFolder
     pairs: Mapping[str, Pair]
     subjects: Mapping[str, Subject]
+    keys: Mapping[str, str | None]
 
     def find(self, name: str) -> Pair:
         """The pair of a name.
@@ -53,11 +56,14 @@ class StudyPairs:
         """Its transform file.
 
         Raises:
-            FileNotFoundError: when the pair has none.
+            FileNotFoundError: when the pair has none, or one of an earlier run that the latest was to replace.
         """
         path = self.folder.transform(pair.pair)
         if not path.exists():
             raise FileNotFoundError(f"{path}: pair {pair.pair} has no transform; samreg status says why")
+        key, signature = self.keys[pair.pair], transform_signature(path)
+        if key and signature and signature.get("key") != key:
+            raise FileNotFoundError(f"{path}: pair {pair.pair} was fitted otherwise; samreg run makes it again")
         return path
 
     def grids(self, pair: Pair) -> tuple[Geometry, Geometry]:
@@ -77,7 +83,8 @@ def read_study_pairs(study: Path) -> StudyPairs:
     pairs = planned_pairs(plan) if plan else None
     if not plan or not pairs:
         raise UsageError(f"{study} holds no registered pairs; make some with samreg run")
-    return StudyPairs(folder, {p.pair: p for p in pairs}, {s.subject: s for s in planned_subjects(plan)})
+    keys = dict(zip(plan["pairs"]["pair"], plan["pairs"]["fit"], strict=True))
+    return StudyPairs(folder, {p.pair: p for p in pairs}, {s.subject: s for s in planned_subjects(plan)}, keys)
 
 
 def part_paths(root: Path, name: str) -> list[str]:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import results
 from pipeline.dispatch import Failure
-from pipeline.errors import StudyError
+from pipeline.errors import FolderError, StudyError
 from pipeline.failures import FailureLog
 from pipeline.folder import OUTPUTS, StudyFolder
 from pipeline.keys import PlannedPair
 from pipeline.stages import fit, match
 from storage import tables
-from storage.cohort import Pair
+from storage.cohort import Pair, subject_key
 from storage.places import names, remove
 
 if TYPE_CHECKING:
@@ -29,6 +29,31 @@ GROUP = 16  # most pairs in one unit of fitting
 
 class IncompleteStudyError(StudyError):
     """Rows are missing although every unit ended, as when someone deletes files during a run."""
+
+
+def check_removal(study: Study, pairs: Sequence[Pair], planned: Sequence[PlannedPair], overwrite: bool) -> None:
+    """Refuse to remove fits that the run does not make again, unless `overwrite` asks for it.
+
+    Those are of pairs that are no longer asked for and, where the run ends before the fit, those made otherwise.
+
+    Raises:
+        FolderError: saying how many.
+    """
+    root, again = study.folder.root, study.asks_for("fit")
+    wanted = {pair.pair: pair.fit_key for pair in planned}
+    fitted = dict(results.held_keys(root, "metrics"))
+    current = {pair for pair, key in fitted.items() if wanted.get(pair, key) == key}
+    stay = {pair.pair for pair in pairs if again or pair.pair in current or pair.pair not in wanted}
+    lost = set(map(subject_key, fitted)).union(*_files(study.folder).values()) - set(map(subject_key, stay))
+    if lost and not overwrite:
+        raise FolderError(
+            f"{root}: this run would remove {len(lost)} fitted pairs that it does not make again; choose another "
+            "--out, or add --overwrite"
+        )
+    if lost:
+        LOG.warning("removing %d fitted pairs, which this run does not make again", len(lost))
+    if again and len(current) < len(fitted):
+        LOG.info("%d fitted pairs were made otherwise and are made again", len(fitted) - len(current))
 
 
 def run_pairs(study: Study, pairs: Sequence[Pair], planned: Sequence[PlannedPair]) -> None:
@@ -43,11 +68,10 @@ def run_pairs(study: Study, pairs: Sequence[Pair], planned: Sequence[PlannedPair
     known = {pair.pair for pair in planned}
     unreadable = {pair.pair for pair in pairs if pair.pair not in known}
     ready = [pair for pair in planned if pair.pair not in study.failures.pairs]
-    outputs = study.config.outputs() if study.folder.keep_transforms else ()
-    fitted = _holding(study.folder, outputs, planned, unreadable)
+    fitted, leftover = _holding(study, planned, unreadable)
     seconds = _match(study, ready, planned, unreadable)
     if study.asks_for("fit"):
-        _fit(study, ready, fitted, seconds)
+        _fit(study, ready, fitted, seconds, leftover)
         wanted = {pair.pair: pair.fit_key for pair in ready}
         _check_complete(study.folder.root, ("metrics",), wanted, study.failures)
     else:
@@ -55,23 +79,39 @@ def run_pairs(study: Study, pairs: Sequence[Pair], planned: Sequence[PlannedPair
         _check_complete(study.folder.root, results.MATCHED, wanted, study.failures)
 
 
+def _files(folder: StudyFolder) -> dict[str, set[str]]:
+    """`subject_key` of the pairs that have a file, by output."""
+    return {
+        name: {
+            file.removesuffix(ending) for file in names(folder.root / name) if file.endswith(ending) and file[0] != "."
+        }
+        for name, ending in OUTPUTS.items()
+    }
+
+
 def _holding(
-    folder: StudyFolder, outputs: Sequence[str], planned: Sequence[PlannedPair], unreadable: set[str]
-) -> set[str]:
-    """Pairs whose metrics and files still hold; other rows, and files of other pairs, are removed."""
-    present = {name: set(names(folder.root / name)) for name in OUTPUTS}
+    study: Study, planned: Sequence[PlannedPair], unreadable: set[str]
+) -> tuple[set[str], dict[str, list[Path]]]:
+    """Pairs whose metrics and files still hold; of the others, the files that a new fit does not replace.
 
-    def has(name: str, pair: str) -> bool:
-        return folder.output(name, pair).name in present.get(name, ())
-
-    whole = [planned_pair for planned_pair in planned if all(has(name, planned_pair.pair) for name in outputs)]
-    wanted = {pair.pair: (pair.fit_key, pair.part) for pair in whole}
+    Rows made otherwise, and files of pairs that are not to be fitted, are removed. A row says that all files of its
+    pair were made with it, so what a new fit leaves is to go before its rows are written.
+    """
+    folder, present = study.folder, _files(study.folder)
+    outputs = study.config.outputs() if folder.keep_transforms else ()
+    wanted = {pair.pair: (pair.fit_key, pair.part) for pair in planned}
     held = results.reconcile(folder.root, "metrics", wanted, unreadable)
-    for name, files in present.items():
-        for file in files - {folder.output(name, pair).name for pair in held}:
-            if file.endswith(OUTPUTS[name]):
-                remove(folder.root / name / file)
-    return held
+    stay = set(map(subject_key, unreadable | (wanted.keys() if study.asks_for("fit") else held)))
+    for name, found in present.items():
+        for key in found - stay:
+            remove(folder.root / name / f"{key}{OUTPUTS[name]}")
+    whole = {pair for pair in held if all(subject_key(pair) in present[name] for name in outputs)}
+    beside = [name for name in OUTPUTS if name not in outputs and present[name]]
+    leftover = {
+        pair: [folder.output(name, pair) for name in beside if subject_key(pair) in present[name]]
+        for pair in (wanted.keys() - whole if beside else ())
+    }
+    return whole, leftover
 
 
 def _match(
@@ -96,13 +136,19 @@ def _match(
     return seconds
 
 
-def _fit(study: Study, ready: Sequence[PlannedPair], fitted: set[str], seconds: dict[str, float]) -> None:
+def _fit(
+    study: Study,
+    ready: Sequence[PlannedPair],
+    fitted: set[str],
+    seconds: Mapping[str, float],
+    leftover: Mapping[str, Sequence[Path]],
+) -> None:
     """Fit what is missing, a few pairs per unit, writing the metrics rows of each unit as it ends."""
     root = study.folder.root
     missing = [p for p in ready if p.pair not in fitted and p.pair not in study.failures.pairs]
     blocked = sum(1 for p in ready if p.pair in study.failures.pairs)
     count = study.start_stage("fit", reused=len(ready) - len(missing) - blocked)
-    size = max(1, min(GROUP, math.ceil(len(missing) / (4 * study.executor.workers))))
+    size = min(GROUP, math.ceil(len(missing) / (4 * study.executor.width()))) if missing else 1
     units = []
     for part, members in _by_part(missing).items():
         for start in range(0, len(members), size):
@@ -122,6 +168,8 @@ def _fit(study: Study, ready: Sequence[PlannedPair], fitted: set[str], seconds: 
                 rows += result
         if rows:
             names_done = {row["pair"] for row in rows}
+            for path in (path for pair in names_done for path in leftover.get(pair, ())):
+                remove(path)
             results.merge_rows(root, "metrics", unit.part, tables.table_from_rows("metrics", rows), names_done)
 
 

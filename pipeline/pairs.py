@@ -61,7 +61,7 @@ def choose_pairs(config: PairsConfig, cohort: Cohort) -> tuple[Pair, ...] | None
     """Pairs in manifest order (fixed subject outermost); None for those that `similar_pairs` chooses later.
 
     Raises:
-        PairsError: for an unknown reference, `intra` without groups, or no pair at all.
+        PairsError: for an unknown reference, `intra` without groups, no pair at all, or two of one name.
     """
     names = [subject.subject for subject in cohort.subjects]
     chosen: list[tuple[str, str]] = []
@@ -86,6 +86,9 @@ def similar_pairs(config: PairsConfig, names: Sequence[str], similarity: cohort_
     Args:
         names: subjects in manifest order.
         similarity: see `pipeline.algorithms.cohort_graph`.
+
+    Raises:
+        PairsError: for two pairs of one name.
     """
     if len(names) < 2:
         return ()
@@ -146,4 +149,13 @@ def _later_onto_earlier(members: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _named(chosen: Sequence[tuple[str, str]]) -> tuple[Pair, ...]:
-    return tuple(Pair(f"{moving}__{fixed}", moving, fixed) for moving, fixed in chosen)
+    found: dict[str, Pair] = {}
+    for moving, fixed in chosen:
+        pair = Pair(f"{moving}__{fixed}", moving, fixed)
+        other = found.setdefault(pair.pair, pair)
+        if other != pair:
+            raise PairsError(
+                f"{other.moving!r} onto {other.fixed!r} and {moving!r} onto {fixed!r} are both called {pair.pair!r}; "
+                "rename a subject, or give a pairs file with the column pair"
+            )
+    return tuple(found.values())

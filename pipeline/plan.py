@@ -11,7 +11,7 @@ from pipeline.config import StudyConfig
 from pipeline.dispatch import RAY_START_SECONDS
 from pipeline.folder import StudyFolder
 from pipeline.pairs import count_pairs
-from pipeline.probe import Rule, Shape, probed
+from pipeline.probe import Rule, Shape, mean, probed
 from pipeline.process import own_cores
 from pipeline.record import refuse_credentials
 from pipeline.request import Request
@@ -71,15 +71,15 @@ def make_plan(request: Request, out: Path, probe: bool = False) -> Plan:
     subjects, config = request.cohort.subjects, request.config
     sample, problems = _sample_shapes(request, subjects)
     shapes = list(sample.values())
-    depth, n_pairs = _mean([shape[0] for shape in shapes]), _count_pairs(request)
+    depth, n_pairs = mean([shape[0] for shape in shapes]), _count_pairs(request)
     workers = 1 if config.execution.executor == "serial" else config.execution.workers or own_cores()
     measured = None if probe else _measured_rates(out)
     rule, source = _rule(config), "rule of thumb"
     if probe:
         rule, source = probed(config, request.cohort, sample, rule), "from a probe"
     per_subject, per_pair = measured or (
-        _mean([rule.subject_seconds(shape) for shape in shapes]),
-        _mean([rule.pair_seconds(shape) for shape in shapes]),
+        mean([rule.subject_seconds(shape) for shape in shapes]),
+        mean([rule.pair_seconds(shape) for shape in shapes]),
     )
     work = [(len(subjects) * per_subject, len(subjects)), (n_pairs * per_pair, n_pairs)]
     return Plan(
@@ -88,8 +88,8 @@ def make_plan(request: Request, out: Path, probe: bool = False) -> Plan:
         sampled=len(shapes) + len(problems),
         pairs=n_pairs,
         literal_encodes=round(n_pairs * _literal_encodes(round(depth))),
-        store_bytes=round(len(subjects) * _mean([rule.subject_bytes(shape) for shape in shapes])),
-        transform_bytes=round(n_pairs * _mean([rule.pair_bytes(shape) for shape in shapes])),
+        store_bytes=round(len(subjects) * mean([rule.subject_bytes(shape) for shape in shapes])),
+        transform_bytes=round(n_pairs * mean([rule.pair_bytes(shape) for shape in shapes])),
         seconds=START_SECONDS + _wall_seconds(work, workers, config.execution.executor),
         workers=workers,
         worker_bytes=round(max((rule.worker_bytes(shape) for shape in shapes), default=0)),
@@ -143,10 +143,6 @@ def _sample_shapes(request: Request, subjects: Sequence[Subject]) -> tuple[dict[
         except ImageError as error:
             problems.append(f"{subject.subject}: {error}")
     return shapes, problems
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / max(1, len(values))
 
 
 def _count_pairs(request: Request) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -111,22 +111,24 @@ def _corrected(rule: Rule, root: Path, subjects: list[Shape], pairs: list[Shape]
     folder = StudyFolder(root)
     return replace(
         rule,
-        subject_factor=each / _mean([plain.subject_seconds(shape) for shape in subjects]),
-        pair_factor=pair / _mean([plain.pair_seconds(shape) for shape in pairs]),
-        store_factor=_bytes(folder.embeddings) / sum(plain.subject_bytes(shape) for shape in subjects),
-        transform_factor=_bytes(folder.transforms) / sum(plain.pair_bytes(shape) for shape in pairs),
+        subject_factor=each / mean([plain.subject_seconds(shape) for shape in subjects]),
+        pair_factor=pair / mean([plain.pair_seconds(shape) for shape in pairs]),
+        store_factor=folder_bytes(folder.embeddings) / sum(plain.subject_bytes(shape) for shape in subjects),
+        transform_factor=folder_bytes(folder.transforms) / sum(plain.pair_bytes(shape) for shape in pairs),
         memory_factor=max(peaks) / max(plain.worker_bytes(shape) for shape in subjects),
     )
 
 
 def _without_start(seconds: list[float]) -> float:
     """Mean of a stage's units but the first, which also loads code."""
-    return _mean(seconds[1:] or seconds)
+    return mean(seconds[1:] or seconds)
 
 
-def _mean(values: list[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """Of numbers; 0 of none."""
     return sum(values) / max(1, len(values))
 
 
-def _bytes(folder: Path) -> int:
+def folder_bytes(folder: Path) -> int:
+    """Of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -175,16 +175,21 @@ def append_units(folder: StudyFolder, run: str, stage: str, number: int, used: S
 def append_run(
     folder: StudyFolder,
     record: Mapping[str, Any],
-    start: float,
+    run: str,
+    span: tuple[float, float | None],
     stages: Sequence[StageCount],
 ) -> None:
-    """Add one row per stage to the runs table."""
-    started = datetime.fromtimestamp(start, UTC)
-    run = run_id(start)
+    """Add one row per stage to the runs table.
+
+    Args:
+        record: of `write_run`.
+        span: start and end of the run, seconds after the epoch; no end when it was cut short.
+    """
+    started, finished = (None if moment is None else datetime.fromtimestamp(moment, UTC) for moment in span)
     shared = {
         "run": run,
         "started": started,
-        "finished": datetime.now(UTC),
+        "finished": finished,
         "config_digest": record["digests"]["config"],
         "samreg_version": record["versions"]["samreg"],
         "python": record["versions"]["python"],

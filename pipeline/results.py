@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,15 @@ def reconcile(
     moving: dict[str, list[pa.Table]] = defaultdict(list)
     spoiled: list[str] = []
     for part in tables.part_names(root, name):
-        table = _readable(root, name, part)
-        found = set() if table is None else _distinct(table)
-        if table is not None and all(pair in untouched or wanted.get(pair) == (key, part) for pair, key in found):
+        keys = _readable(root, name, part, _PAIR_KEY)
+        found = set() if keys is None else _distinct(keys)
+        if keys is not None and all(pair in untouched or wanted.get(pair) == (key, part) for pair, key in found):
             kept.update(pair for pair, _ in found)
             continue
         spoiled.append(part)
-        for target, holding in _by_target(part, found, wanted, untouched).items():
+        targets = _by_target(part, found, wanted, untouched)
+        table = _readable(root, name, part) if targets else None
+        for target, holding in targets.items() if table is not None else ():
             moving[target].append(_rows_with(table, holding))
     _rewrite(root, name, spoiled, moving, kept)
     return kept
@@ -122,6 +125,13 @@ def pair_keys(root: Path, name: str) -> Iterator[tuple[str, str]]:
         yield from _distinct(tables.read_part(root, name, part, _PAIR_KEY))
 
 
+def held_keys(root: Path, name: str) -> Iterator[tuple[str, str]]:
+    """As `pair_keys`, passing over parts that cannot be read, which `reconcile` reports."""
+    for part in tables.part_names(root, name):
+        with suppress(tables.TableError):
+            yield from _distinct(tables.read_part(root, name, part, _PAIR_KEY))
+
+
 def _distinct(table: pa.Table) -> set[tuple[str, str]]:
     """The (pair, key) of the rows, looked up only where they change from one row to the next."""
     columns = [table.column(name) for name in _PAIR_KEY]
@@ -143,10 +153,10 @@ def _is_one_of(column: str, values: Iterable[str]) -> pc.Expression:
     return pc.field(column).isin(pa.array(list(values), pa.string()))
 
 
-def _readable(root: Path, name: str, part: str) -> pa.Table | None:
+def _readable(root: Path, name: str, part: str, columns: Sequence[str] | None = None) -> pa.Table | None:
     """A part, or None for one that cannot be read: its rows are made again."""
     try:
-        return tables.read_part(root, name, part)
+        return tables.read_part(root, name, part, columns)
     except tables.TableError as error:
         LOG.warning("%s; its rows are made again", error)
         return None

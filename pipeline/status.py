@@ -87,8 +87,9 @@ def read_status(study: Path) -> Status:
 def _count(
     stage: str, wanted: Mapping[str, Any], done: set[str], failed: set[str], not_reached: set[str]
 ) -> StageStatus:
+    failed = failed - done  # in an earlier run, if the latest was killed before it wrote its own
     missing = wanted.keys() - done - failed - not_reached
-    return StageStatus(stage, len(done - failed - not_reached), len(failed), len(missing))
+    return StageStatus(stage, len(done - not_reached), len(failed), len(missing))
 
 
 def _planned_pairs(plan: Mapping[str, Any]) -> dict[str, tuple[str | None, str | None]]:

@@ -23,8 +23,8 @@ from pipeline.errors import StudyError, UsageError
 from pipeline.failures import FailureLog
 from pipeline.folder import STAGES, StudyFolder, study_root
 from pipeline.inputs import DigestCache, InputDigests, digest_inputs
-from pipeline.keys import SubjectKeys, plan_pairs, subject_keys
-from pipeline.pair_stages import run_pairs
+from pipeline.keys import PlannedPair, SubjectKeys, plan_pairs, subject_keys
+from pipeline.pair_stages import check_removal, run_pairs
 from pipeline.pairs import PairsError, choose_pairs, similar_pairs
 from pipeline.progress import Reporter
 from pipeline.stages import encode, prototypes
@@ -76,7 +76,8 @@ def run_study(
     Args:
         pairs: what to register; None follows `config.pairs`.
         unknown: pairs that name a subject outside the cohort, recorded as failures.
-        overwrite: accept a folder made with other input or segmenter settings and encode again.
+        overwrite: accept a folder made with other input or segmenter settings and encode again; remove fitted
+            pairs that are not made again.
         until: the last stage to run.
 
     Raises:
@@ -105,6 +106,17 @@ def stopped_by_full_disk(folder: StudyFolder) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _less_than_the_error(table: str) -> Iterator[None]:
+    """A table that a full disk keeps from being written, which has an error of its own already under way."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        LOG.error("the %s table could not be written: %s", table, error)
+
+
 def _disk_full(folder: StudyFolder, message: str) -> StudyError:
     return StudyError(
         f"no space left for {folder.root}: {message}. "
@@ -128,12 +140,11 @@ class Study:
         self.failures = FailureLog(self.folder.root)
         self.store = self.folder.store
         self.subjects = self.cohort.by_name()
-        self.run_id = record.run_id(time.time())
+        self.started = time.time()
+        self.run_id = record.run_id(self.started)
 
     def run(self, pairs: Sequence[Pair] | None, unknown: Sequence[UnknownPair], overwrite: bool) -> StudySummary:
         """Every stage that is asked for, in order."""
-        start = time.time()
-        self.run_id = record.run_id(start)
         if pairs is None and self.config.pairs.by_similarity and finds_classes(self.config.segmenter):
             raise PairsError(
                 f"pairs {self.config.pairs.mode!r} compare prototypes, which class ROIs do not have; choose others"
@@ -145,25 +156,38 @@ class Study:
         record.check_settings(self.folder, self.config, segmenter, overwrite)
         inputs = self._digest_inputs()
         keys = {name: subject_keys(self.config, segmenter, found) for name, found in inputs.items()}
+        planned = plan_pairs(self.config, pairs or (), list(self.subjects), inputs, keys)
+        if pairs is not None and self.asks_for("match"):
+            check_removal(self, pairs, planned, overwrite)
         written = record.write_run(self.folder, self.config, segmenter, inputs)
+        self.write_failures()
         try:
-            planned = self._plan(pairs, inputs, keys)
+            self._write_plan(keys, pairs, planned)
             self._encode(keys)
             if self.asks_for("prototypes"):
                 self.pool(keys)
             if self.asks_for("match"):
                 if pairs is None:
                     pairs = self.similar()
-                    planned = self._plan(pairs, inputs, keys)
+                    planned = plan_pairs(self.config, pairs, list(self.subjects), inputs, keys)
+                    self._write_plan(keys, pairs, planned)
+                    check_removal(self, pairs, planned, overwrite)
                 self.record_unknown(unknown)
                 run_pairs(self, pairs, planned)
                 if cohort_rois.remove_stale(self.folder.root):
                     LOG.warning("the matches have changed: run samreg cohort rois %s again", self.folder.root)
+        except BaseException:
+            with _less_than_the_error("runs"):
+                self._record_run(written, None)
+            raise
         finally:
             self.write_failures()
-        seconds = time.time() - start
-        record.append_run(self.folder, written, start, list(self.counts.values()))
-        return StudySummary(tuple(self.counts.values()), self.failures.total, seconds)
+        finished = time.time()
+        self._record_run(written, finished)
+        return StudySummary(tuple(self.counts.values()), self.failures.total, finished - self.started)
+
+    def _record_run(self, written: Mapping[str, Any], finished: float | None) -> None:
+        record.append_run(self.folder, written, self.run_id, (self.started, finished), list(self.counts.values()))
 
     def asks_for(self, stage: str) -> bool:
         """Whether the run goes as far as a stage."""
@@ -199,29 +223,20 @@ class Study:
             self._record_units(count)
 
     def _record_units(self, count: StageCount) -> None:
-        """Move the executor's ledger to the units table; on a full disk the error under way matters more."""
+        """Move the executor's ledger to the units table."""
         used, self.executor.ledger[:] = list(self.executor.ledger), []
         if not used:
             return
         peaks = [usage.peak_memory_bytes for usage in used if usage.peak_memory_bytes is not None]
         count.peak_memory_bytes = max([*peaks, count.peak_memory_bytes or 0])
-        try:
+        with _less_than_the_error("units"):
             record.append_units(self.folder, self.run_id, count.stage, count.parts, used)
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            LOG.error("the units table could not be written: %s", error)
         count.parts += 1
 
-    def _plan(
-        self,
-        pairs: Sequence[Pair] | None,
-        inputs: Mapping[str, InputDigests],
-        keys: Mapping[str, SubjectKeys],
-    ) -> list[Any]:
-        planned = plan_pairs(self.config, pairs or (), list(self.subjects), inputs, keys)
+    def _write_plan(
+        self, keys: Mapping[str, SubjectKeys], pairs: Sequence[Pair] | None, planned: Sequence[PlannedPair]
+    ) -> None:
         record.write_plan(self.folder, self.cohort, keys, pairs, planned, self.until, self.config.outputs())
-        return planned
 
     def _digest_inputs(self) -> dict[str, InputDigests]:
         self.start_stage("encode", reused=0)
@@ -282,10 +297,6 @@ class Study:
             self.failures.add_pair("match", pair, Failure(pair.pair, "UnknownSubject", message, ""), subject)
 
     def write_failures(self) -> None:
-        """The failures so far; a full disk has an error of its own already under way."""
-        try:
+        """Write the failures so far in place of those of an earlier run."""
+        with _less_than_the_error("failures"):
             self.failures.write()
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            LOG.error("the failures table could not be written: %s", error)

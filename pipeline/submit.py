@@ -119,8 +119,7 @@ def run_command(python: str, arguments: Sequence[str], config: Path | None = Non
     words = list(arguments)
     if config is not None:
         words[[Path(word) for word in words].index(config)] = SENT_CONFIG
-    executor = () if "--executor" in words else ("--executor", "ray")
-    return shlex.join([python, "-m", "pipeline.cli", "run", *words, *executor])
+    return shlex.join([python, "-m", "pipeline.cli", "run", *words])
 
 
 def connect(address: str) -> JobSubmissionClient:

@@ -34,7 +34,7 @@ def print_summary(console: Console, out: Path, summary: StudySummary) -> None:
         counts.add_row(stage.stage, *(str(v) for v in values), f"{stage.seconds:.1f}")
     console.print(str(out), soft_wrap=True)
     console.print(counts)
-    metrics = tables.read_table(out, "metrics")
+    metrics = tables.read_table(out, "metrics", ["label", *COLUMNS])
     if metrics.num_rows and metrics.column("dice").null_count < metrics.num_rows:
         console.print(_metrics_table(metrics))
     note = f"; {summary.n_failures} failures, see samreg status {out}" if summary.n_failures else ""
@@ -44,7 +44,7 @@ def print_summary(console: Console, out: Path, summary: StudySummary) -> None:
 def _metrics_table(metrics: pa.Table) -> Table:
     """Means over pairs, one row per label; label 0 is the mean over labels."""
     shown = Table("label", "pairs", *COLUMNS.values())
-    for label in sorted(set(metrics.column("label").to_pylist())):
+    for label in sorted(pc.unique(metrics.column("label")).to_pylist()):
         rows = metrics.filter(pc.equal(metrics.column("label"), label))
         means = [pc.mean(rows.column(name)).as_py() for name in COLUMNS]
         texts = ["" if value is None else f"{value:.3f}" for value in means]

@@ -32,7 +32,8 @@ def run_bounded(
     together = 1
     while queue or suspects or flying:
         while pool.has_idle and (queue or (suspects and not flying)):
-            sent = _take(queue, min(together, math.ceil(len(queue) / (2 * pool.count)))) or [suspects.popleft()]
+            most = 1 if attempts == 1 else min(together, math.ceil(len(queue) / (2 * pool.count)))
+            sent = _take(queue, most) or [suspects.popleft()]
             flying[pool.submit(run_all_in_worker, *arguments, sent)] = sent
         for ref in _wait(pool, arguments[0].name):
             sent = flying.pop(ref)
@@ -45,7 +46,8 @@ def run_bounded(
                     if number < attempts:
                         (suspects if number + 1 == attempts else queue).append((unit, number + 1))
                     else:
-                        message = f"its worker died {number} times, the last time alone: {error}"
+                        alone = f"{number} times, the last time alone" if number > 1 else "as it ran"
+                        message = f"its worker died {alone}: {error}"
                         yield unit, Failure(unit.unit, "WorkerLost", message, "", number), None
                 continue
             seconds = sum(usage.seconds for _, usage in outcomes)

@@ -89,7 +89,8 @@ def read_cohort(path: str | Path) -> Cohort:
 
     Raises:
         FileNotFoundError: when the manifest is missing.
-        CohortError: for missing columns, empty names or images, duplicate subjects, no rows.
+        CohortError: for missing columns, empty names or images, subjects whose names are the same or, as names of
+            files, differ in case only, which not every disk tells apart, no rows.
     """
     manifest = Path(path).resolve()
     optional = ("label", "landmarks", "segmentation", "group", "session")
@@ -100,12 +101,13 @@ def read_cohort(path: str | Path) -> Cohort:
         for column in ("subject", "image"):
             if not row[column]:
                 raise CohortError(f"{path}, row {number}: empty {column}")
-        if row["subject"] in first_row:
+        key = subject_key(row["subject"]).lower()
+        if key in first_row:
             raise CohortError(
-                f"{path}, row {number}: subject {row['subject']!r} appears before in row "
-                f"{first_row[row['subject']]}; names must be unique"
+                f"{path}, row {number}: subject {row['subject']!r} appears before in row {first_row[key]}; "
+                "names must be unique, whatever the case of their letters"
             )
-        first_row[row["subject"]] = number
+        first_row[key] = number
         located = {column: _locate(row[column], manifest.parent) for column in _PATHS}
         subjects.append(Subject(row["subject"], **located, group=row["group"], session=row["session"]))
     if not subjects:

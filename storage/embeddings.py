@@ -190,9 +190,10 @@ class EmbeddingStore:
         self._require(subject)
         folder = self._folder(subject)
         metadata = json.loads(read_bytes(folder / "zarr.json"))
-        metadata["attributes"]["features"] = "dropped"
-        with replace_file(folder / "zarr.json") as temporary:
-            temporary.write_text(json.dumps(metadata))
+        if metadata["attributes"]["features"] != "dropped":
+            metadata["attributes"]["features"] = "dropped"
+            with replace_file(folder / "zarr.json") as temporary:
+                temporary.write_text(json.dumps(metadata))
         remove_tree(folder / "features")
 
     def clear_abandoned(self) -> None:

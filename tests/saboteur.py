@@ -50,3 +50,31 @@ def sabotaged(folder: Path, faults: Sequence[tuple[str, int]]) -> dict[str, str]
 def happened(folder: Path) -> list[str]:
     """Which fault, and which time, for every process killed."""
     return sorted(path.name for path in folder.glob("[0-9]*.[0-9]*"))
+
+
+def busy_workers(ancestor: int) -> list[int]:
+    """Ray workers that are running a unit: children of a raylet, which is this process or a child of it."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (entry / "cmdline").read_bytes()
+            if title.startswith(b"ray::UnitProcess.call"):
+                raylet = int(_state(int(entry.name))[1])
+                if ancestor in (raylet, int(_state(raylet)[1])):
+                    found.append(int(entry.name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has waited for does not."""
+    try:
+        return _state(pid)[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _state(pid: int) -> list[str]:
+    """Its state, its parent, and more."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -114,6 +116,28 @@ def test_a_missing_or_broken_manifest_is_wrong_usage(tmp_path: Path) -> None:
     done = _samreg("run", "--cohort", twice, "--out", tmp_path / "study")
     assert done.exit_code == 2
     assert "'a' appears before in row 2" in done.stderr
+
+
+def test_ctrl_c_where_there_is_nothing_to_go_on_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.config.load_config", stop)
+    for command in (["config", "validate"], ["doctor"]):
+        done = _samreg(*command)
+        assert done.exit_code == 130
+        assert done.stderr.endswith("Run the same command again to go on\n")
+
+
+def test_a_full_disk_is_a_line_wherever_it_fills(cohort: Path, tmp_path: Path) -> None:
+    command = phantoms.command("cohort", "scan", cohort.parent, "--out", tmp_path / "found.csv")
+    full: Any = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))  # noqa: E731
+    done = subprocess.run(
+        command, env=phantoms.environment(), preexec_fn=full, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("samreg: no space left: ")
+    assert done.stderr.endswith("what is written is kept. Free space and run it again\n")
 
 
 def test_status_of_another_folder_is_wrong_usage(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from storage import tables
 from tests import phantoms
-from tests.saboteur import happened, sabotaged
+from tests.saboteur import busy_workers, happened, sabotaged
 
 NAMES = ("a", "b", "c", "poison")
 SHAPE = (3, 40, 40)
@@ -144,7 +144,8 @@ def test_a_lost_node_costs_nothing(cohort: Path, undisturbed: dict[str, Any], tm
         variables = {**phantoms.environment(), "RAY_ADDRESS": cluster.address}
         command = phantoms.command(*_arguments(cohort, out, "--executor", "ray"))
         with subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True) as process:
-            while not list(out.glob("embeddings.zarr/*/zarr.json")):
+            raylet = lost.all_processes["raylet"][0].process.pid
+            while not (list(out.glob("embeddings.zarr/*/zarr.json")) and busy_workers(raylet)):
                 assert process.poll() is None
                 time.sleep(0.02)
             cluster.remove_node(lost, allow_graceful=False)
@@ -152,6 +153,7 @@ def test_a_lost_node_costs_nothing(cohort: Path, undisturbed: dict[str, Any], tm
     finally:
         cluster.shutdown()
     assert process.returncode == 0, log
+    assert "lost the worker of" in log
     assert phantoms.study_tables(out) == undisturbed
 
 

@@ -90,6 +90,7 @@ def test_any_name_survives_a_round_trip(tmp_path, name):
         ("name,image\na,b\n", "no column subject; found name, image"),
         ("subject,image\n", "lists no subjects"),
         ("subject,image\na,x\nb,y\na,z\n", "row 4: subject 'a' appears before in row 2"),
+        ("subject,image\nP01,x\np01,y\n", "row 3: subject 'p01' appears before in row 2; .* case of their letters"),
         ("subject,image\n,x\n", "row 2: empty subject"),
         ("subject,image\na,\n", "row 2: empty image"),
         ("subject,image\na,x,y\n", "row 2: 3 cells but 2 columns"),

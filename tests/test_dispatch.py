@@ -9,13 +9,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import AuthenticationError
 
+from actors.pool import WorkerLostError
 from pipeline.dispatch import (
     ExecutionError,
     Failure,
@@ -26,6 +30,7 @@ from pipeline.dispatch import (
     open_executor,
 )
 from pipeline.execution import ExecutionConfig
+from pipeline.window import run_bounded
 from tests.phantoms import environment
 
 
@@ -124,6 +129,79 @@ def test_auto_weighs_the_work_of_every_round_to_come(monkeypatch: pytest.MonkeyP
     assert ("ray" in [outcome for _, outcome in executor.map_units(task, UNITS)]) == wide
 
 
+class _NoWorkers:
+    """A pool without processes."""
+
+    def __init__(self, count: int, num_gpus: float = 0.0, memory_bytes: int = 0) -> None:
+        self.count, self.num_gpus = count, num_gpus
+
+    def close(self) -> None:
+        pass
+
+
+def _widths(executor: RayExecutor, stage: str, units: int) -> set[Any]:
+    """Number of the workers that each unit is run on."""
+    task = Task(stage, _build_square)
+    return {outcome for _, outcome in executor.map_units(task, [Number(value) for value in range(units)])}
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Ray as far as an executor sees it: 64 CPUs where RAY_ADDRESS leads, else as many as were asked for, listed."""
+    cpus: list[int] = []
+
+    def connect(count: int) -> bool:
+        cpus.append(count)
+        return True
+
+    monkeypatch.setattr("actors.pool.connect", connect)
+    monkeypatch.setattr(
+        "actors.pool.cluster_resources", lambda: {"CPU": 64 if "RAY_ADDRESS" in os.environ else cpus[0]}
+    )
+    monkeypatch.setattr("actors.pool.WorkerPool", _NoWorkers)
+    bounded: Any = lambda pool, arguments, attempts, units: ((unit, pool.count, None) for unit in units)  # noqa: E731
+    monkeypatch.setattr("pipeline.window.run_bounded", bounded)
+    return cpus
+
+
+def test_more_encoding_workers_are_for_encoding_only(monkeypatch: pytest.MonkeyPatch, pretended: list[int]) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    executor = RayExecutor(ExecutionConfig(executor="ray", workers=4, encode_workers=16))
+    assert _widths(executor, "encode", 20) == {16}
+    assert pretended == [16]
+    assert executor.active_workers == 16
+    assert _widths(executor, "match", 20) == {4}
+    assert _widths(executor, "fit", 2) == {4}  # as they are
+    assert executor.active_workers == 4
+    cores = RayExecutor(ExecutionConfig(executor="ray", encode_workers=512))
+    assert _widths(cores, "encode", 600) == {512}
+    assert cores.width() == cores.workers < 512
+
+
+@pytest.mark.parametrize("executor", ["ray", "auto"])
+def test_units_are_sized_for_the_cluster_before_any_ran(
+    monkeypatch: pytest.MonkeyPatch, pretended: list[int], executor: Any
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert RayExecutor(ExecutionConfig(executor=executor)).width() == 64
+    assert RayExecutor(ExecutionConfig(executor=executor, workers=3)).width() == 3
+    assert SerialExecutor(ExecutionConfig()).width() == 1
+
+
+@pytest.mark.parametrize("error", [ConnectionError, RuntimeError, ValueError, AuthenticationError])
+def test_a_cluster_that_cannot_be_used_is_said_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def connect(cpus: int) -> bool:
+        raise error("no answer\nand much more")
+
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    monkeypatch.setattr("actors.pool.connect", connect)
+    executor = RayExecutor(ExecutionConfig(executor="ray", workers=1))
+    with pytest.raises(ExecutionError, match=r"^Ray at http://head:8265: no answer.*; see samreg doctor$"):
+        list(executor.map_units(Task("square", _build_square), UNITS))
+
+
 @pytest.mark.parametrize(("name", "kind"), [("serial", SerialExecutor), ("ray", RayExecutor), ("auto", RayExecutor)])
 def test_open_executor(name: Any, kind: type) -> None:
     assert isinstance(open_executor(ExecutionConfig(executor=name)), kind)
@@ -165,6 +243,55 @@ def test_a_killed_worker_is_replaced(
             assert (outcomes[value].error, outcomes[value].attempt) == ("WorkerLost", 3)
         else:
             assert outcomes[value] == (value, expected)
+
+
+@pytest.mark.ray
+def test_dead_workers_that_are_free_cost_no_unit_more_than_one_attempt(
+    ray_executor: RayExecutor, tmp_path: Path
+) -> None:
+    """As after the loss of a node between two stages; the unit then dies once by itself."""
+    for _, pid in _outcomes(ray_executor, Task("threads", _build_threads)).values():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    task = Task("deadly", partial(_build_deadly, tmp_path, {0: 1}))
+    assert [outcome for _, outcome in ray_executor.map_units(task, UNITS[:1])] == [(0, 2)]
+
+
+class _FragileWorker:
+    """A pool of one worker, which is lost with every call that holds unit 3."""
+
+    count = 1
+
+    def __init__(self) -> None:
+        self.calls: list[list[tuple[Number, int]]] = []
+        self.has_idle = True
+
+    def submit(self, function: Any, *arguments: Any) -> int:
+        self.has_idle = False
+        self.calls.append(arguments[-1])
+        return len(self.calls) - 1
+
+    def wait(self, seconds: float) -> list[int]:
+        return [len(self.calls) - 1]
+
+    def collect(self, call: int) -> list[tuple[int, Any]]:
+        self.has_idle = True
+        if any(unit.value == 3 for unit, _ in self.calls[call]):
+            raise WorkerLostError("killed")
+        return [(unit.value, SimpleNamespace(seconds=0.0)) for unit, _ in self.calls[call]]
+
+
+@pytest.mark.parametrize(
+    ("attempts", "message"),
+    [(1, "its worker died as it ran: killed"), (2, "its worker died 2 times, the last time alone: killed")],
+)
+def test_only_the_unit_that_loses_its_worker_is_blamed(attempts: int, message: str) -> None:
+    pool: Any = _FragileWorker()
+    found = {
+        unit.value: outcome for unit, outcome, _ in run_bounded(pool, (Task("t", _build_square),), attempts, UNITS)
+    }
+    assert [value for value, outcome in found.items() if isinstance(outcome, Failure)] == [3]
+    assert found[3].message == message
 
 
 @pytest.mark.ray

@@ -21,6 +21,7 @@ import SimpleITK as sitk  # noqa: N813
 
 from storage import tables
 from tests import phantoms
+from tests.saboteur import alive, busy_workers
 
 NAMES = ("a", "b", "c", "d")
 
@@ -72,32 +73,13 @@ def _wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], seco
     pytest.fail("the moment never came")
 
 
-def _parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-
-
-def _busy_workers(driver: int) -> list[int]:
-    """Ray workers of a driver that are running a unit: grandchildren, by way of its raylet."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            title = (entry / "cmdline").read_bytes()
-            if title.startswith(b"ray::UnitProcess.call") and _parent(_parent(int(entry.name))) == driver:
-                found.append(int(entry.name))
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
-
-
 @pytest.mark.ray
 def test_killing_a_worker_during_encoding_costs_nothing(
     cohort: Path, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
     out = tmp_path / "study"
     with _start(cohort, out, "--executor", "ray", "--workers", "2") as process:
-        victim = _wait_for(lambda: _busy_workers(process.pid), process)[0]
+        victim = _wait_for(lambda: busy_workers(process.pid), process)[0]
         os.kill(victim, signal.SIGKILL)
         assert process.stderr is not None
         log = process.stderr.read()
@@ -137,7 +119,7 @@ def test_killing_the_driver_again_and_again_costs_nothing(
 def test_killing_a_ray_driver_costs_nothing(cohort: Path, undisturbed: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "study"
     with _start(cohort, out, "--executor", "ray", "--workers", "2") as process:
-        _wait_for(lambda: _busy_workers(process.pid), process)
+        _wait_for(lambda: busy_workers(process.pid), process)
         os.kill(process.pid, signal.SIGKILL)
     assert _run(cohort, out).returncode == 0
     assert phantoms.study_tables(out) == undisturbed
@@ -151,7 +133,7 @@ def test_ctrl_c_and_sigterm_stop_cleanly_and_say_how_to_go_on(
     """A terminal interrupts the whole process group; a scheduler ends the driver alone."""
     out = tmp_path / "study"
     with _start(cohort, out, "--executor", "ray", "--workers", "2") as process:
-        _wait_for(lambda: list(out.glob(MOMENTS["first embedding"])), process)
+        workers = _wait_for(lambda: list(out.glob(MOMENTS["first embedding"])) and busy_workers(process.pid), process)
         os.killpg(process.pid, stop) if stop == signal.SIGINT else process.send_signal(stop)
         assert process.stderr is not None
         log = process.stderr.read()
@@ -159,7 +141,10 @@ def test_ctrl_c_and_sigterm_stop_cleanly_and_say_how_to_go_on(
     assert "interrupted" in log
     assert "Run the same command again" in log
     assert "Traceback" not in log
-    assert not _busy_workers(process.pid)
+    end = time.monotonic() + 30
+    while any(map(alive, workers)):
+        assert time.monotonic() < end, "the workers have outlived their driver"
+        time.sleep(0.1)
     again = _run(cohort, out)
     assert again.returncode == 0, again.stderr
     assert phantoms.study_tables(out) == undisturbed

@@ -19,6 +19,7 @@ COHORT = Cohort(
 )
 
 
+AMBIGUOUS = Cohort(tuple(Subject(name, "x.nii") for name in ("b__c", "c", "a__b", "a")))
 SIMILARITY = np.array([[1.0, 0.5, 0.9, 0.5], [0.5, 1.0, 0.2, 0.8], [0.9, 0.2, 1.0, 0.1], [0.5, 0.8, 0.1, 1.0]])
 
 
@@ -127,6 +128,7 @@ def test_subjects_that_failed_leave_few_or_no_pairs() -> None:
         (PairsConfig("all"), Cohort(COHORT.subjects[:1]), "gives no pair for 1 subjects"),
         (PairsConfig("tree"), Cohort(COHORT.subjects[:1]), "gives no pair for 1 subjects"),
         (PairsConfig("list"), COHORT, "add --pairs FILE"),
+        (PairsConfig("all"), AMBIGUOUS, "'a' onto 'b__c' and 'a__b' onto 'c' are both called 'a__b__c'; rename"),
     ],
 )
 def test_impossible_choices_are_refused(config: PairsConfig, cohort: Cohort, message: str) -> None:

@@ -10,6 +10,7 @@ from pipeline.dispatch import RAY_START_SECONDS
 from pipeline.errors import UsageError
 from pipeline.folder import StudyFolder
 from pipeline.plan import START_SECONDS, Plan, describe_plan, make_plan
+from pipeline.probe import folder_bytes
 from pipeline.progress import SilentReporter
 from pipeline.request import read_request
 from pipeline.study import run_study
@@ -28,10 +29,6 @@ def _plan(cohort: Path, out: Path, *overrides: str, pairs: str = "all") -> Plan:
     return make_plan(read_request(None, cohort, pairs, overrides), out)
 
 
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def test_sizes_are_those_of_the_run(shared_data: Path, tmp_path: Path) -> None:
     folder = shared_data / "acdc_cardiac"
     rows = [{"subject": name, "image": str(folder / f"patient068_{name}.nii.gz")} for name in ("ED", "ES")]
@@ -41,8 +38,8 @@ def test_sizes_are_those_of_the_run(shared_data: Path, tmp_path: Path) -> None:
     plan = make_plan(request, tmp_path / "study")
     run_study(request.config, request.cohort, tmp_path / "study", reporter=SilentReporter())
     study = StudyFolder(tmp_path / "study")
-    assert plan.store_bytes == pytest.approx(_bytes(study.embeddings), rel=0.5)
-    assert plan.transform_bytes == pytest.approx(_bytes(study.transforms), rel=0.3)
+    assert plan.store_bytes == pytest.approx(folder_bytes(study.embeddings), rel=0.5)
+    assert plan.transform_bytes == pytest.approx(folder_bytes(study.transforms), rel=0.3)
     again = make_plan(request, tmp_path / "study")
     assert again.source == "from earlier runs in this folder"
     assert START_SECONDS < again.seconds < 10 * plan.seconds
@@ -80,8 +77,8 @@ def test_a_probe_scales_what_a_few_subjects_took(tmp_path: Path) -> None:
     assert not (tmp_path / "s").exists()
     run_study(request.config, request.cohort, tmp_path / "s", reporter=SilentReporter())
     study = StudyFolder(tmp_path / "s")
-    assert plan.store_bytes == pytest.approx(_bytes(study.embeddings), rel=0.3)
-    assert plan.transform_bytes == pytest.approx(_bytes(study.transforms), rel=0.3)
+    assert plan.store_bytes == pytest.approx(folder_bytes(study.embeddings), rel=0.3)
+    assert plan.transform_bytes == pytest.approx(folder_bytes(study.transforms), rel=0.3)
     peaks = tables.read_table(study.root, "units").column("peak_memory_bytes").to_pylist()
     assert plan.worker_bytes == pytest.approx(max(peaks), rel=0.3)
     size = (

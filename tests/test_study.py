@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from pipeline.cohort_rois import write_cohort_rois
 from pipeline.config import make_config
 from pipeline.errors import FolderError, StudyError, UsageError
 from pipeline.folder import StudyFolder
+from pipeline.pair_files import read_study_pairs
 from pipeline.pairs import PairsError
 from pipeline.progress import SilentReporter
 from pipeline.report import write_report
@@ -172,11 +176,113 @@ def test_a_changed_study_equals_a_fresh_one(study: Path, cohort: Path, tmp_path:
 
 def test_other_pairs_cost_only_themselves_and_stale_ones_go(study: Path, cohort: Path) -> None:
     pairs = [Pair("a__b", "a", "b"), Pair("again", "a", "b")]
-    counts = _counts(_run(cohort, study, pairs))
+    counts = _counts(_run(cohort, study, pairs, overwrite=True))
     assert (counts["match"], counts["fit"]) == ((1, 1, 0), (1, 1, 0))
     for name in ("metrics", "correspondences"):
         assert set(tables.read_table(study, name).column("pair").to_pylist()) == {"a__b", "again"}
     assert sorted(path.name for path in (study / "transforms").glob("*.h5")) == ["a__b.h5", "again.h5"]
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[0] != "."}
+
+
+@pytest.mark.parametrize(
+    ("asked", "lost"),
+    [
+        ({"pairs": {"mode": "star"}}, 4),
+        ({"pairs": {"mode": "star"}, "until": "match"}, 4),
+        ({"fit": {"smoothness": 0.03}, "until": "match"}, 6),
+    ],
+    ids=["fewer pairs", "fewer pairs until match", "another fit until match"],
+)
+def test_fits_that_are_not_made_again_are_not_removed_unasked(
+    study: Path, cohort: Path, asked: dict[str, Any], lost: int
+) -> None:
+    before = _files(study)
+    with pytest.raises(FolderError, match=rf"would remove {lost} fitted pairs .* another --out, or add --overwrite"):
+        _run(cohort, study, **asked)
+    assert _files(study) == before
+    _run(cohort, study, **asked, overwrite=True)
+    assert len(set(tables.read_table(study, "metrics").column("pair").to_pylist())) == 6 - lost
+    assert len(list((study / "transforms").glob("*.h5"))) == 6 - lost
+
+
+def test_fits_are_not_removed_for_pairs_chosen_from_prototypes(study: Path, cohort: Path) -> None:
+    before = _files(study / "metrics") | _files(study / "transforms")
+    with pytest.raises(FolderError, match="would remove 3 fitted pairs"):
+        _run(cohort, study, pairs={"mode": "knn", "k": 1})
+    assert _files(study / "metrics") | _files(study / "transforms") == before
+
+
+def test_a_run_until_match_leaves_the_fits_of_the_same_settings(study: Path, cohort: Path) -> None:
+    before = phantoms.study_bytes(study)
+    assert _counts(_run(cohort, study, until="match"))["match"] == (0, 6, 0)
+    assert phantoms.study_bytes(study) == before
+    assert len(list((study / "transforms").glob("*.h5"))) == 6
+
+
+def test_a_subject_goes_when_that_is_asked_for(study: Path, cohort: Path) -> None:
+    fewer = Cohort(read_cohort(cohort).subjects[:2])
+    with pytest.raises(FolderError, match="would remove 4 fitted pairs"):
+        _run(fewer, study)
+    assert _counts(_run(fewer, study, overwrite=True))["fit"] == (0, 2, 0)
+    assert read_status(study).complete
+
+
+def _interrupt(*arguments: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("changed", [{"output": {"jacobian": True}}, {"fit": {"smoothness": 0.03}}])
+def test_files_stay_until_they_are_replaced(
+    study: Path, cohort: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
+) -> None:
+    before = _files(study / "transforms")
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.stages.fit.task", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            _run(cohort, study, **changed)
+    assert _files(study / "transforms") == before
+    assert not read_status(study).complete
+    pairs = read_study_pairs(study)
+    if "fit" in changed:
+        assert tables.read_table(study, "metrics").num_rows == 0
+        with pytest.raises(FileNotFoundError, match="a__b was fitted otherwise; samreg run makes it again"):
+            pairs.transform(pairs.find("a__b"))
+    assert _counts(_run(cohort, study, **changed))["fit"] == (6, 0, 0)
+    assert pairs.transform(pairs.find("a__b")).is_file()
+
+
+def test_a_run_cut_short_leaves_no_failures_of_the_one_before_and_says_so(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, found = tmp_path / "study", read_cohort(cohort)
+    *good, last = found.subjects
+    broken = Cohort((*good, dataclasses.replace(last, image=str(tmp_path / "gone"))))
+    assert _run(broken, out, until="match").n_failures == 1 + 4
+    monkeypatch.setattr("pipeline.stages.fit.task", _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        _run(found, out)
+    status = read_status(out)
+    assert not status.failures
+    assert [(stage.done, stage.failed, stage.missing) for stage in status.stages] == [
+        (3, 0, 0), (3, 0, 0), (6, 0, 0), (0, 0, 6),
+    ]  # fmt: skip
+    first, second = (list(rows) for _, rows in groupby(tables.read_table(out, "runs").to_pylist(), itemgetter("run")))
+    assert all(row["finished"] for row in first)
+    assert {row["stage"]: (row["units_done"], row["finished"]) for row in second} == {
+        "encode": (1, None), "prototypes": (1, None), "match": (4, None), "fit": (0, None),
+    }  # fmt: skip
+
+
+def test_a_new_fit_leaves_no_file_of_the_old_one(study: Path, cohort: Path) -> None:
+    _run(cohort, study, output={"jacobian": True})
+    assert len(list((study / "jacobians").iterdir())) == 6
+    _run(cohort, study)
+    assert len(list((study / "jacobians").iterdir())) == 6
+    _run(cohort, study, fit={"smoothness": 0.03})
+    assert not list((study / "jacobians").iterdir())
 
 
 def test_a_new_subject_anywhere_costs_only_its_own_pairs(study: Path, cohort: Path, tmp_path: Path) -> None:
@@ -209,7 +315,9 @@ def test_dropped_features_are_made_again_only_when_needed(cohort: Path, tmp_path
     _run(cohort, out, execution=kept)
     store = EmbeddingStore(out / "embeddings.zarr")
     assert store.read("a").features is None
+    before = (out / "embeddings.zarr" / "a" / "zarr.json").stat()
     assert _counts(_run(cohort, out, execution=kept, fit={"smoothness": 0.03}))["encode"] == (0, 3, 0)
+    assert (out / "embeddings.zarr" / "a" / "zarr.json").stat() == before
     assert _counts(_run(cohort, out, execution=kept, rois={"max_area": 0.4}))["encode"] == (3, 0, 0)
 
 
@@ -231,7 +339,7 @@ def test_a_second_driver_is_refused(study: Path, cohort: Path) -> None:
     [({"mode": "knn", "k": 1}, 3), ({"mode": "star", "reference": "medoid"}, 2), ({"mode": "tree", "extra": 0}, 2)],
 )
 def test_pairs_are_chosen_from_prototypes(study: Path, cohort: Path, pairs: dict[str, Any], count: int) -> None:
-    counts = _counts(_run(cohort, study, pairs=pairs))
+    counts = _counts(_run(cohort, study, pairs=pairs, overwrite=True))
     assert counts["fit"] == (0, count, 0)
     assert set(json.loads((study / "plan.json").read_text())["pairs"]["pair"]) == set(
         tables.read_table(study, "metrics").column("pair").to_pylist()
@@ -309,7 +417,10 @@ def test_a_run_until_match_asks_for_no_fit_and_leaves_the_rest_to_a_later_run(
 
 
 def test_matching_anew_removes_the_fits_of_the_old_matches(study: Path, cohort: Path) -> None:
-    assert _counts(_run(cohort, study, until="match", match={"epsilon": 0.7}))["match"] == (6, 0, 0)
+    other: dict[str, Any] = {"until": "match", "match": {"epsilon": 0.7}}
+    with pytest.raises(FolderError, match="would remove 6 fitted pairs"):
+        _run(cohort, study, **other)
+    assert _counts(_run(cohort, study, **other, overwrite=True))["match"] == (6, 0, 0)
     assert tables.read_table(study, "metrics").num_rows == 0
     assert not list((study / "transforms").glob("*.h5"))
 

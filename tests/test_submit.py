@@ -11,8 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
 
 from pipeline import submit
+from pipeline.cli import app
+from pipeline.errors import Terminated
 from storage import tables
 from tests import phantoms, ray_head
 
@@ -37,8 +40,58 @@ def test_the_command_is_run_with_the_configuration_sent() -> None:
     command = submit.run_command(
         "python3.11", ["./a b.yaml", "--cohort", "/d/c.csv", "--out", "/d/s"], Path("a b.yaml")
     )
-    assert command == "python3.11 -m pipeline.cli run study.yaml --cohort /d/c.csv --out /d/s --executor ray"
-    assert submit.run_command("p", ["--executor", "serial"]) == "p -m pipeline.cli run --executor serial"
+    assert command == "python3.11 -m pipeline.cli run study.yaml --cohort /d/c.csv --out /d/s"
+
+
+class _Client:
+    """A cluster that takes a job, whose following is ended."""
+
+    def __init__(self, stop: type[KeyboardInterrupt]) -> None:
+        self.stop = stop
+        self.commands: list[str] = []
+
+    def submit_job(self, entrypoint: str, runtime_env: Mapping[str, object]) -> str:
+        self.commands.append(entrypoint)
+        return "job-1"
+
+    def get_job_status(self, job: str) -> object:
+        raise self.stop
+
+
+def _submit_to(client: _Client, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Result:
+    monkeypatch.setattr("pipeline.submit.connect", lambda address: client)
+    given = ["submit", "--address", "http://head:8265", *arguments, "--cohort", "/c.csv", "--out", "/mnt/s"]
+    return CliRunner().invoke(app, given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "executor"),
+    [
+        ((), "ray"),
+        (("--executor=serial",), None),
+        (("--executor", "ray"), None),
+        (("--set", "execution.executor=serial"), None),
+        (("serial.yaml",), None),
+    ],
+)
+def test_the_job_runs_on_ray_unless_another_executor_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], executor: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("serial.yaml").write_text("execution: {executor: serial}\n")
+    client = _Client(KeyboardInterrupt)
+    assert _submit_to(client, monkeypatch, "--no-wait", *arguments).exit_code == 0
+    assert client.commands[0].endswith("--out /mnt/s" if executor is None else "--out /mnt/s --executor ray")
+
+
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_ending_the_following_says_how_to_take_it_up(
+    monkeypatch: pytest.MonkeyPatch, stop: type[KeyboardInterrupt], code: int
+) -> None:
+    done = _submit_to(_Client(stop), monkeypatch)
+    assert done.exit_code == code, done.output
+    said = done.stderr.partition("no longer following; the job goes on")[2]
+    assert "samreg status /mnt/s    (where /mnt/s is mounted" in said
 
 
 @pytest.mark.parametrize("text", ["s3://key:hidden@bucket/c.csv", "https://b/c?X-Amz-Signature=hidden"])
