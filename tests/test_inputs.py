@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from pathlib import Path
@@ -10,9 +11,13 @@ import fsspec
 import pytest
 
 from pipeline import inputs
+from pipeline.config import make_config
+from pipeline.errors import StudyError
 from pipeline.inputs import DigestCache, digest_inputs
-from pipeline.progress import Reporter
-from storage.cohort import Subject
+from pipeline.progress import Reporter, SilentReporter
+from pipeline.study import run_study
+from storage import tables
+from storage.cohort import Cohort, Subject
 
 
 @pytest.fixture
@@ -91,3 +96,18 @@ def test_what_was_read_before_a_run_is_cut_short_is_remembered(
         digest_inputs(subjects, DigestCache(tmp_path / "cache"), reporter=Reporter())
     assert read == [subject.image for subject in subjects]
     assert "inputs: 2 of 2 subjects" in caplog.text
+
+
+def test_a_disk_that_fills_up_while_fetching_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/inputs/full.nii.gz", b"image")
+
+    def get_file(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(memory), "get_file", get_file)
+    cohort = Cohort(tuple(Subject(name, "memory://inputs/full.nii.gz") for name in "ab"))
+    config = make_config({"execution": {"executor": "serial"}})
+    with pytest.raises(StudyError, match="No space left"):
+        run_study(config, cohort, tmp_path / "study", reporter=SilentReporter())
+    assert tables.read_table(tmp_path / "study", "failures").num_rows == 0
