@@ -155,7 +155,7 @@ def _manifest_row(subject: Subject) -> dict[str, str]:
 
 def run_id(start: float) -> str:
     """Name of a run of this process that started so many seconds after the epoch."""
-    return f"{datetime.fromtimestamp(start, UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
+    return f"{datetime.fromtimestamp(start, UTC):%Y%m%dT%H%M%S.%f}-{os.getpid()}"
 
 
 def append_units(folder: StudyFolder, run: str, stage: str, number: int, used: Sequence[Usage]) -> None:
