@@ -108,6 +108,8 @@ class Iteration:
         """Carry the cohort ROIs of the study, if it has any, onto the template and write where they lie."""
         numbers, members = atlas_rois.carried_rois(self.study.root)
         if not numbers:
+            for name in (atlas_rois.FREQUENCY, atlas_rois.IDENTITY):
+                (self.folder.maps / name).unlink(missing_ok=True)
             return
         by_name = {subject.subject: subject for subject in self.subjects}
         units = [AtlasUnit(index, by_name[name], "") for index, name in enumerate(subjects)]
