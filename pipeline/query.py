@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.algorithms.query import QueryConfig
+from pipeline.algorithms.query_map import load_loops
 from pipeline.config import StudyConfig, make_config
 from pipeline.errors import UsageError
 from pipeline.folder import StudyFolder
@@ -106,6 +107,7 @@ def open_study(root: Path) -> Study:
         index = open_index(folder.store, folder.root / "query_index", wanted)
     except QueryIndexError as error:
         raise UsageError(str(error)) from None
+    load_loops()
     return Study(folder, make_config(run["config"]), {s.subject: s for s in planned_subjects(plan)}, index)
 
 

@@ -55,6 +55,12 @@ def robust_affines(here: Array, there: Array, weight: Array, prior_mm: float, it
     return _each(lambda x, y, w: robust_affine(x, y, w, prior_mm, iterations), here, there, weight)
 
 
+def load_loops() -> None:
+    """Load the compiled loops, a third of a second that the first query would wait for otherwise."""
+    points, weight = np.eye(4, 3), np.ones((1, 4))
+    consensus_affines(points, points[None], weight, prior_mm=1.0, trials=1)
+
+
 def _each(fit: Callable[[Array, Array, Array], Array], here: Array, there: Array, weight: Array) -> Array:
     matrices = np.tile(np.eye(4), (len(weight), 1, 1))
     for matrix, partners, trust in zip(matrices, there, weight, strict=True):
