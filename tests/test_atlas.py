@@ -27,7 +27,7 @@ from pipeline.cli import app
 from pipeline.cohort_rois import write_cohort_rois
 from pipeline.config import make_config
 from pipeline.errors import FolderError, StudyError, UsageError
-from pipeline.lock import StudyLock
+from pipeline.heartbeat import Heartbeat
 from pipeline.phantom_warp import Variation
 from pipeline.progress import Advance, Reporter, SilentReporter
 from pipeline.study import run_study
@@ -308,10 +308,10 @@ def test_a_reference_is_a_name_whatever_it_looks_like(study: Path, name: str) ->
 
 
 def test_a_run_that_lost_its_folder_to_another_stops(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost(lock: StudyLock) -> None:
+    def lost(lock: Heartbeat) -> None:
         raise FolderError("taken over")
 
-    monkeypatch.setattr(StudyLock, "check", lost)
+    monkeypatch.setattr(Heartbeat, "check", lost)
     with pytest.raises(FolderError, match="taken over"):
         atlas(fresh, "atlas.iterations=1")
 
