@@ -1,8 +1,9 @@
 # mypy: disable-error-code="no-untyped-call"
 """Baselines of SimpleITK: from no registration at all to B-splines and demons.
 
-`affine` and `bspline` maximise Mattes' mutual information of a fifth of the voxels (20,000 at most for B-splines), drawn
-with a fixed seed, at each level of a pyramid that halves the fine axes only. All start from the moments of the images.
+`affine` and `bspline` maximise Mattes' mutual information of a fifth of the voxels (20,000 at most for B-splines),
+drawn with a fixed seed, at each level of a pyramid that halves the fine axes only. All start from the moments of the
+images.
 """
 
 from __future__ import annotations
