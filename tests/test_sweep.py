@@ -284,7 +284,8 @@ def test_a_folder_that_is_no_study_is_refused(tmp_path: Path) -> None:
 def test_ray_gives_the_same_table(study: Path, swept: SweepSummary) -> None:
     with_ray = _sweep(study, EPSILON_AND_SMOOTHNESS, execution={"executor": "ray", "workers": 2})
     for combination, counts in with_ray.results:
-        assert {count.workers for count in counts.values() if count.done} <= {2}
+        assert counts["fit"].workers == 2
+        assert counts["match"].workers <= 2  # a few pairs are one unit
         here, there = (root / "combinations" / combination.key for root in (with_ray.root, swept.root))
         assert phantoms.study_tables(here) == phantoms.study_tables(there)
 
