@@ -75,6 +75,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def chose_pairs_alike(folder: StudyFolder, config: StudyConfig) -> bool:
+    """Whether the last run chose its pairs by the same settings: those that go then, go because the cohort changed."""
+    run = folder.read_run()
+    return run is not None and bool(run["config"].get("pairs") == config.resolved()["pairs"])
+
+
 def write_run(
     folder: StudyFolder,
     config: StudyConfig,

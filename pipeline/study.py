@@ -159,6 +159,7 @@ class Study:
         planned = plan_pairs(self.config, pairs or (), list(self.subjects), inputs, keys)
         if pairs is not None and self.asks_for("match"):
             check_removal(self, pairs, planned, overwrite)
+        chosen_before = overwrite or record.chose_pairs_alike(self.folder, self.config)
         written = record.write_run(self.folder, self.config, segmenter, inputs)
         self.write_failures()
         try:
@@ -171,7 +172,7 @@ class Study:
                     pairs = self.similar()
                     planned = plan_pairs(self.config, pairs, list(self.subjects), inputs, keys)
                     self._write_plan(keys, pairs, planned)
-                    check_removal(self, pairs, planned, overwrite)
+                    check_removal(self, pairs, planned, chosen_before)
                 self.record_unknown(unknown)
                 run_pairs(self, pairs, planned)
                 if cohort_rois.remove_stale(self.folder.root):

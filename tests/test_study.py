@@ -215,6 +215,16 @@ def test_fits_are_not_removed_for_pairs_chosen_from_prototypes(study: Path, coho
     assert _files(study / "metrics") | _files(study / "transforms") == before
 
 
+def test_pairs_chosen_alike_follow_the_cohort(tmp_path: Path, cohort: Path) -> None:
+    """A subject that comes or goes changes who is whose neighbour; nobody asked for other pairs."""
+    nearest: dict[str, Any] = {"pairs": {"mode": "knn", "k": 1}}
+    _run(cohort, tmp_path / "study", **nearest)
+    fewer = Cohort(read_cohort(cohort).subjects[:2])
+    counts = _counts(_run(fewer, tmp_path / "study", **nearest))
+    assert sum(counts["fit"][:2]) == 2
+    assert len(list((tmp_path / "study" / "transforms").glob("*.h5"))) == 2
+
+
 def test_a_run_until_match_leaves_the_fits_of_the_same_settings(study: Path, cohort: Path) -> None:
     before = phantoms.study_bytes(study)
     assert _counts(_run(cohort, study, until="match"))["match"] == (0, 6, 0)
