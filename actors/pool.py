@@ -16,7 +16,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    WorkerCrashedError,
+)
 
 LOST = (RayActorError, WorkerCrashedError, OutOfMemoryError, NodeDiedError, ObjectLostError)
 
@@ -26,17 +33,23 @@ def connect(cpus: int) -> bool:
 
     Returns:
         Whether the connection is ours to end.
+
+    Raises:
+        ConnectionError: in one line, for an address that is none, a cluster that does not answer or refuses us.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if ray.is_initialized():
         return False
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
-    with _own_sigterm_handler():
-        if "RAY_ADDRESS" in os.environ:
-            ray.init(**quiet)
-        else:
-            with _without_note_on_tokens():
-                ray.init("local", num_cpus=cpus, include_dashboard=False, **quiet)
+    try:
+        with _own_sigterm_handler():
+            if "RAY_ADDRESS" in os.environ:
+                ray.init(**quiet)
+            else:
+                with _without_note_on_tokens():
+                    ray.init("local", num_cpus=cpus, include_dashboard=False, **quiet)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        raise ConnectionError(str(error).strip().split("\n", 1)[0]) from error
     return True
 
 

@@ -270,17 +270,14 @@ class RayExecutor(AbstractContextManager["RayExecutor"]):
     def _start_ray(self) -> None:
         if self._started:
             return
-        from ray.exceptions import RayError
-
         from actors.pool import connect
 
         limit_threads(self.config.threads)
         try:
             self._owns_ray = connect(max(self.workers, self.config.encode_workers or 0))
-        except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        except ConnectionError as error:
             address = os.environ.get("RAY_ADDRESS", "this machine")
-            first = str(error).strip().split("\n", 1)[0]
-            raise ExecutionError(redact(f"Ray at {address}: {first}; see samreg doctor")) from error
+            raise ExecutionError(redact(f"Ray at {address}: {error}; see samreg doctor")) from error
         self._started = True
 
     def _count_workers(self) -> dict[str, float]:

@@ -162,6 +162,7 @@ class Study:
         chosen_before = overwrite or record.chose_pairs_alike(self.folder, self.config)
         written = record.write_run(self.folder, self.config, segmenter, inputs)
         self.write_failures()
+        finished: float | None = None
         try:
             self._write_plan(keys, pairs, planned)
             self._encode(keys)
@@ -177,13 +178,12 @@ class Study:
                 run_pairs(self, pairs, planned)
                 if cohort_rois.remove_stale(self.folder.root):
                     LOG.warning("the matches have changed: run samreg cohort rois %s again", self.folder.root)
-        except BaseException:
-            with _less_than_the_error("runs"):
-                self._record_run(written, None)
-            raise
+            finished = time.time()
         finally:
             self.write_failures()
-        finished = time.time()
+            if finished is None:
+                with _less_than_the_error("runs"):
+                    self._record_run(written, None)
         self._record_run(written, finished)
         return StudySummary(tuple(self.counts.values()), self.failures.total, finished - self.started)
 

@@ -192,11 +192,11 @@ def test_units_are_sized_for_the_cluster_before_any_ran(
 def test_a_cluster_that_cannot_be_used_is_said_in_a_line(
     monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
-    def connect(cpus: int) -> bool:
+    def init(**options: Any) -> None:
         raise error("no answer\nand much more")
 
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
-    monkeypatch.setattr("actors.pool.connect", connect)
+    monkeypatch.setattr("ray.init", init)
     executor = RayExecutor(ExecutionConfig(executor="ray", workers=1))
     with pytest.raises(ExecutionError, match=r"^Ray at http://head:8265: no answer.*; see samreg doctor$"):
         list(executor.map_units(Task("square", _build_square), UNITS))

@@ -260,7 +260,7 @@ def _command_lines(session: int) -> Iterator[str]:
 def _shown(command: Sequence[str | Path]) -> tuple[int, str]:
     """Exit code of a command, and whatever it printed or showed as a command line of a process."""
     lines: set[str] = set()
-    with tempfile.TemporaryFile("w+") as output:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         process = subprocess.Popen(
             command, env=phantoms.environment(), stdout=output, stderr=output, start_new_session=True
         )
