@@ -61,7 +61,7 @@ def missing(folders: Mapping[str, Path]) -> list[str]:
     """What there is not."""
     lines = []
     for name, folder in folders.items():
-        lost = [f"Table {table}" for table in SWEPT if not _sweep_path(folder, table).exists()]
+        lost = [f"Table {table}" for table in SWEPT if f"table{table}" not in provenance.remembered(folder)]
         if not any(_segmenters(name, folder)):
             lost.insert(0, "Table 2")
         lines += [f"- ablations on {name}: {', '.join(lost)}"] if lost else []
@@ -85,10 +85,11 @@ def _segmenters(name: str, folder: Path) -> Iterator[str]:
 
 def _sweeps(name: str, folder: Path) -> Iterator[str]:
     for table in SWEPT:
-        if not _sweep_path(folder, table).exists():
+        run = provenance.remembered(folder).get(f"table{table}")
+        if run is None:  # a sweep that was cut short has a table, too
             continue
-        run = provenance.remembered(folder)[f"table{table}"]
-        rows = [row for row in pq.read_table(_sweep_path(folder, table)).to_pylist() if row["label"] == 0]
+        path = folder / f"study/sweeps/table{table}/sweep.parquet"
+        rows = [row for row in pq.read_table(path).to_pylist() if row["label"] == 0]
         axis = list(rows[0])[1]
         lines = [f"| `{axis}` | pairs | failed | Dice | ROI pairs |", "|---|---|---|---|---|"]
         for row in rows:
@@ -96,10 +97,6 @@ def _sweeps(name: str, folder: Path) -> Iterator[str]:
             lines.append(f"| {row[axis]} | " + " | ".join(map(str, cells)) + f" | {row['n_rois']:.0f} |")
         yield f"**Table {table}** on {name} ({provenance.shown(run)}):\n"
         yield "\n".join(lines) + "\n"
-
-
-def _sweep_path(folder: Path, table: int) -> Path:
-    return folder / f"study/sweeps/table{table}/sweep.parquet"
 
 
 def _mean(values: Sequence[float | None]) -> str:

@@ -22,7 +22,7 @@ from storage import tables
 Row = Mapping[str, Any]
 OURS, REFINED, SYN = "samreg", "samreg refined", "ants-syn"
 FIRST = ("before", "samreg affine", OURS, REFINED)
-EXPECTED = ("identity", "centre", "moments", "affine", "bspline", "demons", SYN)
+EXPECTED = ("identity", "centre", "moments", "affine", "bspline", "demons", SYN, "elastix")
 POINTED = ("before", "samreg affine", OURS, REFINED, "affine", SYN)
 MIB = 2**20
 
