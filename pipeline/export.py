@@ -26,7 +26,7 @@ import SimpleITK as sitk  # noqa: N813 (its own documentation's name)
 from pipeline.dispatch import Failure, attempt
 from pipeline.errors import StudyError, UsageError
 from pipeline.export_tables import TABLE_FORMATS
-from pipeline.pair_files import bids_labels, bids_stems, learn2reg_names, read_study_pairs
+from pipeline.pair_files import PairUnit, bids_labels, bids_stems, learn2reg_names, read_study_pairs
 from storage import exports, warping
 from storage.atomic import clear_abandoned, replace_file
 from storage.cohort import Pair, Subject
@@ -106,15 +106,6 @@ class PairExport:
         return self.stem.with_name(self.stem.name + ending)
 
 
-@dataclass(frozen=True)
-class _Unit:
-    pair: Pair
-
-    @property
-    def unit(self) -> str:
-        return self.pair.pair
-
-
 def export_study(study: Path, out: Path, request: ExportRequest, names: Collection[str] = ()) -> ExportSummary:
     """Export the pairs of these names, or all pairs of the latest run; a pair that fails costs only itself.
 
@@ -129,7 +120,7 @@ def export_study(study: Path, out: Path, request: ExportRequest, names: Collecti
     stems, listed = bids_stems(known.pairs.values(), bids_labels(known.subjects)), learn2reg_names(wanted)
     clear_abandoned({out, *(out / stem.partition("/")[0] for stem in stems.values())})
 
-    def export_one(unit: _Unit) -> None:
+    def export_one(unit: PairUnit) -> None:
         pair = unit.pair
         moving = known.subjects[pair.moving]
         files = (known.transform(pair), *known.grids(pair), moving, out / stems[pair.pair], out / listed[pair.pair])
@@ -137,7 +128,7 @@ def export_study(study: Path, out: Path, request: ExportRequest, names: Collecti
 
     failures = []
     for pair in wanted:
-        failure = attempt(export_one, _Unit(pair))
+        failure = attempt(export_one, PairUnit(pair))
         if failure is not None:
             if failure.disk_full:
                 raise StudyError(f"{failure.message}; what is written is kept. Free space and run the command again")

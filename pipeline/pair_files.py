@@ -26,6 +26,18 @@ _LEARN2REG = re.compile(r".*?(\d{4})(_\d{4})?")
 
 
 @dataclass(frozen=True)
+class PairUnit:
+    """A pair as a unit of work, named in failures by the pair."""
+
+    pair: Pair
+
+    @property
+    def unit(self) -> str:
+        """Name of the pair."""
+        return self.pair.pair
+
+
+@dataclass(frozen=True)
 class StudyPairs:
     """Pairs and subjects of the latest run of a study.
 

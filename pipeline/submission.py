@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import SimpleITK as sitk  # noqa: N813 (its own documentation's name)
 from pipeline.algorithms import learn2reg
 from pipeline.dispatch import Failure, attempt
 from pipeline.errors import UsageError
-from pipeline.pair_files import StudyPairs, learn2reg_names
+from pipeline.pair_files import PairUnit, StudyPairs, learn2reg_names
 from storage import tables
 from storage.cohort import Pair
 from storage.geometry import Geometry, to_file_axes
@@ -33,15 +32,6 @@ TABLE = "submission"
 
 class SubmissionError(ValueError):
     """A displacement file that an evaluator would refuse."""
-
-
-@dataclass(frozen=True)
-class _Unit:
-    pair: Pair
-
-    @property
-    def unit(self) -> str:
-        return self.pair.pair
 
 
 def wanted_pairs(known: StudyPairs, listing: Path, part: str) -> tuple[list[str], list[str]]:
@@ -69,11 +59,11 @@ def score_submission(known: StudyPairs, out: Path, pairs: Collection[Pair]) -> t
     _surface_distance()
     rows: list[Row] = []
 
-    def score(unit: _Unit) -> None:
+    def score(unit: PairUnit) -> None:
         rows.append(_score(known, unit.pair, out / names[unit.unit]))
 
     names = learn2reg_names(pairs)
-    failures = [failure for pair in pairs if (failure := attempt(score, _Unit(pair))) is not None]
+    failures = [failure for pair in pairs if (failure := attempt(score, PairUnit(pair))) is not None]
     return tables.write_part(out, TABLE, "all", tables.table_from_rows(TABLE, rows)), failures
 
 
