@@ -79,7 +79,7 @@ def processes() -> list[Process]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+                fields = (entry / "stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
                 title = (entry / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
             except (FileNotFoundError, ProcessLookupError):
                 continue

@@ -179,11 +179,11 @@ def _write_records(
     tables.write_part(root, "failures", "fit", tables.table_from_rows("failures", failures))
     run = {"run": "r", "stage": "fit", "units_done": len(pairs), "seconds": 2.0 * len(pairs), "workers": 2}
     tables.write_part(root, "runs", "r", tables.table_from_rows("runs", [run]))
-    (root / "run.yaml").write_text(yaml.safe_dump({"config": {}, "versions": {}}))
+    (root / "run.yaml").write_text(yaml.safe_dump({"config": {}, "versions": {}}), encoding="utf-8")
     columns = {"pair": pairs, "moving": moving, "fixed": fixed, **dict.fromkeys(("match", "fit"), ["k"] * len(pairs))}
     manifest = {name: {"image": f"/nowhere/{name}.nii.gz", "group": f"vendor {name[-1]}"} for name in subjects}
     plan = {"subjects": dict.fromkeys(subjects), "until": "fit", "outputs": [], "pairs": columns, "manifest": manifest}
-    (root / "plan.json").write_text(json.dumps(plan))
+    (root / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def _encode(folder: Path | None, unit: Simulated) -> int:
         time.sleep(unit.seconds)
     if folder is not None:
         with replace_file(folder / unit.unit) as temporary:
-            temporary.write_text(str(os.getpid()))
+            temporary.write_text(str(os.getpid()), encoding="utf-8")
     return unit.number
 
 
@@ -78,11 +78,11 @@ def ideal_seconds(units: Sequence[Simulated], workers: int) -> float:
 
 def _resident() -> int:
     """Resident memory of this process, bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    return int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[1])
 
 
 def _workers() -> list[int]:

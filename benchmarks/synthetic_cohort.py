@@ -85,7 +85,7 @@ def write_cohort(config: StudyConfig, out: Path, subjects: int, slices: int, roi
     images.mkdir(parents=True, exist_ok=True)
     found = [Subject(f"s{number:05d}", str(images / f"s{number:05d}.txt")) for number in range(subjects)]
     for subject in found:
-        Path(subject.image).write_text(subject.subject)
+        Path(subject.image).write_text(subject.subject, encoding="utf-8")
     folder.root.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     atlas = random_anatomy(rng, slices, rois)

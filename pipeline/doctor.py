@@ -271,25 +271,25 @@ def _check_driver(address: str) -> Check:
 def _cgroup_cores() -> float | None:
     """Cores of the cgroup's quota, None where there is none."""
     path = _CGROUP / "cpu.max"
-    quota, period = path.read_text().split() if path.exists() else ("max", "1")
+    quota, period = path.read_text(encoding="utf-8").split() if path.exists() else ("max", "1")
     return None if quota == "max" else int(quota) / int(period)
 
 
 def _number(path: Path) -> int | None:
-    text = path.read_text().strip() if path.exists() else "max"
+    text = path.read_text(encoding="utf-8").strip() if path.exists() else "max"
     return None if text == "max" else int(text)
 
 
 def _cgroup_memory() -> int:
     """Bytes that the cgroup holds, without cached files, which give way."""
     stat = _CGROUP / "memory.stat"
-    counts = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+    counts = dict(line.split() for line in stat.read_text(encoding="utf-8").splitlines()) if stat.exists() else {}
     return (_number(_CGROUP / "memory.current") or 0) - int(counts.get("inactive_file", 0))
 
 
 def _free_memory() -> int:
     """Bytes that can be taken without swapping; on macOS all there are."""
-    lines = _MEMINFO.read_text().splitlines() if _MEMINFO.exists() else []
+    lines = _MEMINFO.read_text(encoding="utf-8").splitlines() if _MEMINFO.exists() else []
     for line in lines:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

@@ -66,7 +66,7 @@ def measured(function: Callable[[T], object], units: Sequence[tuple[str, T]], gp
 def _io_bytes() -> tuple[int, int] | None:
     """Bytes read and written by this process so far, on Linux."""
     try:
-        counts = dict(line.split(": ") for line in _IO.read_text().splitlines())
+        counts = dict(line.split(": ") for line in _IO.read_text(encoding="utf-8").splitlines())
     except OSError:  # another system, or a container that hides it
         return None
     return int(counts["rchar"]), int(counts["wchar"])
@@ -75,14 +75,14 @@ def _io_bytes() -> tuple[int, int] | None:
 def _reset_peak() -> None:
     """Let the kernel's high-water mark start from what is resident now."""
     try:
-        _CLEAR.write_text(_RESET_PEAK)
+        _CLEAR.write_text(_RESET_PEAK, encoding="utf-8")
     except OSError:  # then the mark is that of the process so far
         return
 
 
 def _peak_memory() -> int:
     try:
-        lines = _STATUS.read_text().splitlines()
+        lines = _STATUS.read_text(encoding="utf-8").splitlines()
     except OSError:
         return own_peak_memory()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), own_peak_memory())

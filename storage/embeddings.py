@@ -193,7 +193,7 @@ class EmbeddingStore:
         if metadata["attributes"]["features"] != "dropped":
             metadata["attributes"]["features"] = "dropped"
             with replace_file(folder / "zarr.json") as temporary:
-                temporary.write_text(json.dumps(metadata))
+                temporary.write_text(json.dumps(metadata), encoding="utf-8")
         remove_tree(folder / "features")
 
     def clear_abandoned(self) -> None:
@@ -223,7 +223,9 @@ class EmbeddingStore:
     def _ensure_root(self) -> None:
         if not exists(self.root / "zarr.json"):
             with replace_file(self.root / "zarr.json") as temporary:
-                temporary.write_text(json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}))
+                temporary.write_text(
+                    json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}), encoding="utf-8"
+                )
 
     @contextmanager
     def _folder_aside(self, subject: str) -> Iterator[Path]:

@@ -31,7 +31,7 @@ def load_recipe() -> ModuleType:
 
 def recipe_state_dict(golden: str) -> dict[str, torch.Tensor]:
     """State dict of a golden, in the official key layout."""
-    shapes = json.loads((GOLDENS / f"keys_{golden}.json").read_text())
+    shapes = json.loads((GOLDENS / f"keys_{golden}.json").read_text(encoding="utf-8"))
     weights: dict[str, torch.Tensor] = load_recipe().make_state_dict(shapes)
     return weights
 

@@ -42,8 +42,8 @@ sys.addaudithook(hook)
 def sabotaged(folder: Path, faults: Sequence[tuple[str, int]]) -> dict[str, str]:
     """The environment of a run whose Ray workers meet these faults; `folder` keeps count of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "faults.json").write_text(json.dumps(list(faults)))
-    (folder / "sitecustomize.py").write_text(_HOOK)
+    (folder / "faults.json").write_text(json.dumps(list(faults)), encoding="utf-8")
+    (folder / "sitecustomize.py").write_text(_HOOK, encoding="utf-8")
     return {**environment(), "PYTHONPATH": f"{folder}:{REPO}"}
 
 
@@ -77,4 +77,4 @@ def alive(pid: int) -> bool:
 
 def _state(pid: int) -> list[str]:
     """Its state, its parent, and more."""
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()

@@ -129,7 +129,7 @@ def _write_records(folder: StudyFolder, subjects: list[Subject], done: list[tupl
     tables.write_part(folder.root, "failures", "fit", tables.table_from_rows("failures", [failure]))
     run = {"run": "r1", "stage": "fit", "units_done": 2, "units_failed": 1, "seconds": 1.5, "workers": 1}
     tables.write_part(folder.root, "runs", "r1", tables.table_from_rows("runs", [run]))
-    (folder.root / "run.yaml").write_text(yaml.safe_dump({"config": {}, "versions": {"python": "3"}}))
+    (folder.root / "run.yaml").write_text(yaml.safe_dump({"config": {}, "versions": {"python": "3"}}), encoding="utf-8")
     plan = {
         "subjects": {s.subject: {"encode": digest({"s": 1}), "prototypes": digest({"p": 1})} for s in subjects},
         "until": "fit",
@@ -142,4 +142,4 @@ def _write_records(folder: StudyFolder, subjects: list[Subject], done: list[tupl
         },
         "manifest": {s.subject: {k: v for k, v in asdict(s).items() if k != "subject"} for s in subjects},
     }
-    (folder.root / "plan.json").write_text(json.dumps(plan))
+    (folder.root / "plan.json").write_text(json.dumps(plan), encoding="utf-8")

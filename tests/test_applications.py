@@ -79,7 +79,7 @@ def sample(folder: Path, pair: str, out: Path) -> tuple[Cohort, Pair]:
             with (folder / row["landmarks"]).open(newline="", encoding="utf-8") as stream:
                 points = [[point[f"{role}_{axis}"] for axis in "xy"] for point in csv.DictReader(stream)]
             target = out / f"{role}.csv"
-            target.write_text("".join(",".join(line) + "\n" for line in [["i", "j"], *points]))
+            target.write_text("".join(",".join(line) + "\n" for line in [["i", "j"], *points]), encoding="utf-8")
             landmarks = str(target)
         label = row[f"{role}_label"] and str(folder / row[f"{role}_label"])
         subjects.append(Subject(role, str(folder / row[f"{role}_image"]), label, landmarks))

@@ -181,10 +181,10 @@ def test_rows_say_how_the_atlas_got_better(study: Path, made: AtlasSummary) -> N
 
 
 def test_labels_do_not_make_the_template(study: Path, made: AtlasSummary, fresh: Path) -> None:
-    plan = json.loads((fresh / "plan.json").read_text())
+    plan = json.loads((fresh / "plan.json").read_text(encoding="utf-8"))
     for subject in plan["manifest"].values():
         subject["label"] = subject["landmarks"] = ""
-    (fresh / "plan.json").write_text(json.dumps(plan))
+    (fresh / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     atlas(fresh, "atlas.reference=subject-01", "atlas.iterations=1")
     here, there = (where / "atlas" / "iteration_01" / "template.nii.gz" for where in (study, fresh))
     assert np.array_equal(voxels(here), voxels(there))
@@ -242,12 +242,12 @@ def test_fewer_iterations_need_no_fit_and_leave_nothing_of_the_later_ones(
 
 
 def test_bad_subjects_are_named_and_left_out(fresh: Path, tmp_path: Path) -> None:
-    plan = json.loads((fresh / "plan.json").read_text())
+    plan = json.loads((fresh / "plan.json").read_text(encoding="utf-8"))
     truncated, mislabelled = plan["manifest"]["subject-03"], plan["manifest"]["subject-02"]
     image = tmp_path / "truncated.nii.gz"
     image.write_bytes(Path(truncated["image"]).read_bytes()[:3000])
     truncated["image"], mislabelled["label"] = str(image), mislabelled["image"]
-    (fresh / "plan.json").write_text(json.dumps(plan))
+    (fresh / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     found = CliRunner().invoke(app, ["atlas", str(fresh), "--iterations", "1", "--executor", "serial"])
     assert found.exit_code == 1, found.output
     good = [name for name in NAMES if name not in ("subject-02", "subject-03")]
@@ -268,9 +268,9 @@ def test_a_subject_that_broke_leaves_the_atlas(study: Path, made: AtlasSummary, 
     shutil.rmtree(copy / "cohort_rois")
     atlas(copy, *settings)
     assert not list((copy / "atlas").rglob("roi_*.nii.gz"))
-    plan = json.loads((copy / "plan.json").read_text())
+    plan = json.loads((copy / "plan.json").read_text(encoding="utf-8"))
     plan["manifest"]["subject-03"]["image"] = str(tmp_path / "gone.nii.gz")
-    (copy / "plan.json").write_text(json.dumps(plan))
+    (copy / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     atlas(copy, *settings)
     left = {*NAMES} - {"subject-03"}
     assert {row["subject"] for row in rows(copy)} == left
@@ -279,10 +279,10 @@ def test_a_subject_that_broke_leaves_the_atlas(study: Path, made: AtlasSummary, 
 
 
 def test_an_atlas_needs_two_subjects(fresh: Path) -> None:
-    plan = json.loads((fresh / "plan.json").read_text())
+    plan = json.loads((fresh / "plan.json").read_text(encoding="utf-8"))
     for name in NAMES[1:]:
         plan["manifest"][name]["image"] = str(fresh / "nothing.nii.gz")
-    (fresh / "plan.json").write_text(json.dumps(plan))
+    (fresh / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     with pytest.raises(StudyError, match="1 of 5 subjects could be registered"):
         atlas(fresh, "atlas.reference=subject-01")
 

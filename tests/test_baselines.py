@@ -163,7 +163,7 @@ def test_niftyreg_displacements_are_turned_from_ras(
     shape: tuple[int, int, int], intent: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("reg_aladin", "reg_f3d", "reg_transform"):
-        (tmp_path / name).write_text(FAKE.format(python=sys.executable, intent=intent))
+        (tmp_path / name).write_text(FAKE.format(python=sys.executable, intent=intent), encoding="utf-8")
         (tmp_path / name).chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     found = baseline_tools.niftyreg(shifted_pair(shape))
@@ -172,7 +172,7 @@ def test_niftyreg_displacements_are_turned_from_ras(
 
 
 def test_a_command_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "reg_aladin").write_text("#!/bin/sh\necho no licence to run >&2\nexit 3\n")
+    (tmp_path / "reg_aladin").write_text("#!/bin/sh\necho no licence to run >&2\nexit 3\n", encoding="utf-8")
     (tmp_path / "reg_aladin").chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(NotRegisteredError, match="reg_aladin ended with 3: no licence"):
@@ -180,7 +180,7 @@ def test_a_command_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_command_that_hangs_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "reg_aladin").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "reg_aladin").write_text("#!/bin/sh\nexec sleep 60\n", encoding="utf-8")
     (tmp_path / "reg_aladin").chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(baseline_tools, "_LIMIT_SECONDS", 0.2)
@@ -220,7 +220,7 @@ def test_a_network_that_breaks_the_contract_is_refused(tmp_path: Path) -> None:
     network = baseline_network.open_network(exported(tmp_path / "net.pt", channels=2))
     with pytest.raises(NotRegisteredError, match=r"returned \(1, 2, 16, 32, 28\); expected \(1, 3, 16, 32, 28\)"):
         baseline_network.register(network, shifted_pair())
-    (tmp_path / "text.pt").write_text("no network")
+    (tmp_path / "text.pt").write_text("no network", encoding="utf-8")
     with pytest.raises(UsageError, match="not a TorchScript file"):
         choose(["torchscript"], tmp_path / "text.pt")
 
@@ -311,7 +311,7 @@ def test_rows_of_a_subject_that_cannot_be_read_for_a_while_stay(study: Path) -> 
     serial = {"executor": "serial"}
     for file in study.parent.glob("subject-*"):
         os.utime(file, (1e9, 1e9))  # old enough for the cache of digests
-    (study / ".digests.json").write_text("{}")
+    (study / ".digests.json").write_text("{}", encoding="utf-8")
     run_baselines(study, choose(["identity"]), execution=serial)
     before = tables.read_table(study / "baselines", TABLE)
     subject = study.parent / "subject-03.nii.gz"
@@ -321,7 +321,7 @@ def test_rows_of_a_subject_that_cannot_be_read_for_a_while_stay(study: Path) -> 
     assert tables.read_table(study / "baselines", TABLE).equals(before)
     subject.with_suffix(".away").rename(subject)
     assert run_baselines(study, choose(["identity"]), execution=serial).reused == {"identity": 3}
-    assert (study / ".digests.json").read_text() == "{}"
+    assert (study / ".digests.json").read_text(encoding="utf-8") == "{}"
 
 
 def test_a_pair_that_fails_costs_only_itself(study: Path) -> None:

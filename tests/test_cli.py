@@ -176,9 +176,9 @@ def test_config_show_validate_and_schema(tmp_path: Path) -> None:
     shown = _samreg("config", "show", "--set", "match.epsilon=0.66")
     assert yaml.safe_load(shown.stdout)["match"]["epsilon"] == 0.66
     path = tmp_path / "c.yaml"
-    path.write_text(shown.stdout)
+    path.write_text(shown.stdout, encoding="utf-8")
     assert _samreg("config", "validate", path).exit_code == 0
-    path.write_text("match: {epsilom: 1}")
+    path.write_text("match: {epsilom: 1}", encoding="utf-8")
     wrong = _samreg("config", "validate", path)
     assert (wrong.exit_code, "match.epsilon" in wrong.stderr) == (2, True)
     assert "properties" in json.loads(_samreg("config", "schema").stdout)

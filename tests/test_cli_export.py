@@ -65,7 +65,7 @@ def _array(path: Path) -> np.ndarray:
 
 
 def _points(path: Path) -> np.ndarray:
-    with path.open(newline="") as stream:
+    with path.open(encoding="utf-8", newline="") as stream:
         return np.array([[float(row[name]) for name in "xyz" if name in row] for row in csv.DictReader(stream)])
 
 
@@ -287,7 +287,7 @@ def test_landmarks_that_come_from_nowhere_are_left_empty_and_named(made: Path, t
     write_transform(StudyFolder(study).transform(PAIR), np.eye(4), torn, (5.0, 6.0, 6.0), geometry, {"key": "k"})
     points = tmp_path / "points.csv"
     rows = [("name", "x", "y", "z"), *((n, *p) for n, p in enumerate(rng.uniform(0, 90, (12, 3)) * (1, 1, 0.1)))]
-    points.write_text("\n".join(",".join(map(str, row)) for row in rows))
+    points.write_text("\n".join(",".join(map(str, row)) for row in rows), encoding="utf-8")
     code, said = _call("apply", study, PAIR, "--out", tmp_path / "out", "--moving-landmarks", points)
     assert code == 1
     target = tmp_path / "out" / "points_in-subject01.csv"

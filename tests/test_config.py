@@ -36,7 +36,7 @@ def test_the_resolved_config_loads_to_itself() -> None:
 
 def test_precedence_is_defaults_preset_file_set(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text("preset: paper\nmatch: {epsilon: 0.5}\nexecution: {workers: 3}\n")
+    path.write_text("preset: paper\nmatch: {epsilon: 0.5}\nexecution: {workers: 3}\n", encoding="utf-8")
     config = load_config(path, ["execution.workers=2", "pairs=intra"])
     assert config.match.epsilon == 0.5
     assert (config.execution.workers, config.pairs.mode) == (2, "intra")
@@ -48,7 +48,8 @@ def test_a_file_may_set_something_with_one_preset_only(tmp_path: Path) -> None:
     path.write_text(
         "preset: paper\nmatch: {epsilon: 0.5}\n"
         "presets:\n  recommended: {rois: {max_area: 0.1}, match: {epsilon: 0.7, max_pairs: 9}}\n"
-        "  paper: {pairs: intra}\n"
+        "  paper: {pairs: intra}\n",
+        encoding="utf-8",
     )
     assert (load_config(path).rois.max_area, load_config(path).pairs.mode) == (7000, "intra")
     other = load_config(path, ["preset=recommended"])
@@ -66,7 +67,7 @@ def test_a_file_may_set_something_with_one_preset_only(tmp_path: Path) -> None:
     ],
 )
 def test_settings_of_a_preset_not_in_use_are_checked_too(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "c.yaml").write_text(content)
+    (tmp_path / "c.yaml").write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         load_config(tmp_path / "c.yaml")
 
@@ -129,7 +130,7 @@ def test_a_bad_override_is_refused(text: str, message: str) -> None:
 def test_a_bad_file_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "c.yaml"
     if content is not None:
-        path.write_text(content)
+        path.write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         load_config(path)
 
@@ -151,12 +152,12 @@ def test_the_word_and_its_settings_come_in_any_order() -> None:
 
 def test_naming_another_segmenter_drops_the_settings_of_the_first(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text("preset: paper\nsegmenter: {name: slimsam_77, checkpoint: /w.pth, mode: fast}\n")
+    path.write_text("preset: paper\nsegmenter: {name: slimsam_77, checkpoint: /w.pth, mode: fast}\n", encoding="utf-8")
     assert load_config(path).segmenter == SamConfig("slimsam_77", "/w.pth", mode="fast")
     assert load_config(path, ["segmenter.mode=exact"]).segmenter == SamConfig("slimsam_77", "/w.pth")
     assert load_config(path, ["segmenter=medsam"]).segmenter == SamConfig("medsam")
     assert load_config(path, ["segmenter=component_tree"]).segmenter.name == "component_tree"
-    path.write_text("preset: paper\nsegmenter: {checkpoint: /h.pth}\n")
+    path.write_text("preset: paper\nsegmenter: {checkpoint: /h.pth}\n", encoding="utf-8")
     assert load_config(path).segmenter == SamConfig("sam_vit_h", "/h.pth")
 
 

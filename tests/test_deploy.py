@@ -31,7 +31,9 @@ from tests.phantoms import REPO
 def test_submit_sh_is_samreg_submit_of_this_checkout(tmp_path: Path) -> None:
     """A stand-in plays Python and writes down its arguments."""
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/bash\nprintf "%s\\n" "$PYTHONPATH" "$@" > "{tmp_path}/arguments"\nexit 7\n')
+    python.write_text(
+        f'#!/bin/bash\nprintf "%s\\n" "$PYTHONPATH" "$@" > "{tmp_path}/arguments"\nexit 7\n', encoding="utf-8"
+    )
     python.chmod(0o755)
     command = ["bash", str(REPO / "deploy/submit.sh"), "configs/cardiac.yaml", "--cohort", "/d/c d.csv"]
     environment = {**os.environ, "PYTHON": str(python)}
@@ -145,7 +147,7 @@ def test_the_ray_job_asks_for_what_its_workers_take() -> None:
 @pytest.mark.parametrize(("code", "ended"), [(0, True), (1, True), (2, False), (143, False)])
 def test_the_ray_job_does_not_start_again_for_what_would_fail_again(tmp_path: Path, code: int, ended: bool) -> None:
     """As it gets there: KubeRay writes the entrypoint into a script, `ray job submit` joins its words for a shell."""
-    (tmp_path / "samreg").write_text(f'#!/bin/sh\n[ "$*" = "{_words()}" ] || exit 99\nexit {code}\n')
+    (tmp_path / "samreg").write_text(f'#!/bin/sh\n[ "$*" = "{_words()}" ] || exit 99\nexit {code}\n', encoding="utf-8")
     (tmp_path / "samreg").chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     listed = subprocess.run(
@@ -215,7 +217,7 @@ def test_the_slurm_script_stops_in_time_and_goes_on(tmp_path: Path) -> None:
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, text in (("srun", _SRUN), ("scontrol", _SCONTROL)):
-        (commands / name).write_text(text)
+        (commands / name).write_text(text, encoding="utf-8")
         (commands / name).chmod(0o755)
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as short:
         options = "--num-cpus=1 --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=0"

@@ -64,7 +64,7 @@ def test_secrets_never_show(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_folder_that_cannot_be_one_is_a_row_of_the_table(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
     checks = {check.name: check for check in doctor.examine(make_config({}), tmp_path / "file" / "study", None, [])}
     assert (checks["writing"].state, "Not a directory" in checks["writing"].found) == ("fail", True)
     assert "Ray" in checks
@@ -81,7 +81,7 @@ def test_memory_that_the_cgroup_holds_is_not_free(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(doctor, "_CGROUP", tmp_path)
     monkeypatch.setattr(doctor, "_free_memory", lambda: 64 * doctor.GIB)
     for name, text in (("max", 8 * doctor.GIB), ("current", 7 * doctor.GIB), ("stat", f"inactive_file {doctor.GIB}")):
-        (tmp_path / f"memory.{name}").write_text(f"{text}\n")
+        (tmp_path / f"memory.{name}").write_text(f"{text}\n", encoding="utf-8")
     check = doctor.check_memory()
     assert check.found == "2.0 GiB free, cgroup limit 8.0 GiB"
     assert check.state == "warn"

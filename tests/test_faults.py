@@ -207,7 +207,7 @@ def _bad_cohort(folder: Path) -> Path:
     whole = (folder / "0.nii.gz").read_bytes()
     (folder / "truncated.nii.gz").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.nii.gz").write_bytes(b"")
-    (folder / "text.nii.gz").write_text("not an image")
+    (folder / "text.nii.gz").write_text("not an image", encoding="utf-8")
     phantoms.write_volume(folder / "constant.nii.gz", np.full_like(image, 7))
     phantoms.write_volume(folder / "nan.mha", np.where(labels == 1, np.nan, image))
     phantoms.write_volume(folder / "infinite.nii.gz", np.where(labels == 1, np.inf, image))

@@ -234,7 +234,7 @@ def test_labels_that_are_not_numbers_are_refused(tmp_path, volume):
 
 def test_what_is_not_an_image(tmp_path):
     for name, text in (("a.nii.gz", "hello"), ("a.png", "hello"), ("a.txt", "hello")):
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="utf-8")
         with pytest.raises(ImageError, match="expected NIfTI"):
             read_image(tmp_path / name)
     with pytest.raises(ImageError, match="no such file"):
@@ -365,7 +365,7 @@ def test_digest_covers_the_files_that_a_metaimage_names(tmp_path, suffix, clause
     for name in ("b 2.raw", "c1.raw", "c3.raw"):
         (tmp_path / name).write_bytes(b"content")
     header = tmp_path / f"a{suffix}"
-    header.write_text(f"ObjectType = Image\nElementDataFile = {clause}\n")
+    header.write_text(f"ObjectType = Image\nElementDataFile = {clause}\n", encoding="utf-8")
     for name in ("b 2.raw", "c3.raw"):
         assert _changes(header, tmp_path / name) == (name in clause.replace("%d", "3"))
 
@@ -377,7 +377,7 @@ def test_digest_covers_the_files_that_a_metaimage_names(tmp_path, suffix, clause
 def test_digest_covers_the_files_that_an_nrrd_names(tmp_path, clause):
     (tmp_path / "b.raw").write_bytes(b"content")
     header = tmp_path / "a.nhdr"
-    header.write_text(f"NRRD0004\ntype: uchar\n{clause}\n")
+    header.write_text(f"NRRD0004\ntype: uchar\n{clause}\n", encoding="utf-8")
     if "%c" in clause:
         with pytest.raises(ImageError, match="names files of voxels that are not there"):
             content_digest(header)

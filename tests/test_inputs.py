@@ -62,7 +62,7 @@ def test_every_file_of_an_image_is_looked_at(tmp_path: Path, read: list[str], na
     folder = tmp_path / "image"
     folder.mkdir()
     header, voxels = folder / "a.mhd", folder / "a.raw"
-    header.write_text("ElementDataFile = a.raw\n")
+    header.write_text("ElementDataFile = a.raw\n", encoding="utf-8")
     voxels.write_bytes(b"one")
     location = str(folder / named)
     before = _digest(tmp_path / "cache", location)

@@ -21,7 +21,7 @@ def geometry() -> Geometry:
 
 
 def _write(path, header, rows):
-    path.write_text("\n".join([header, *(",".join(str(v) for v in row) for row in rows)]) + "\n")
+    path.write_text("\n".join([header, *(",".join(str(v) for v in row) for row in rows)]) + "\n", encoding="utf-8")
     return path
 
 

@@ -101,7 +101,9 @@ def test_mnms_keeps_the_good_hearts(tmp_path: Path) -> None:
     assert "X9X9X9 is not in the table" in found.problems[-1]
     assert names(read("mnms", root / "Training" / "Labeled")) == names(found)
     table = next(root.glob("*.csv"))
-    table.write_text(table.read_text().replace("B2D9M2,Siemens,A,6,0,2", "B2D9M2,Siemens,A,6,0,"))
+    table.write_text(
+        table.read_text(encoding="utf-8").replace("B2D9M2,Siemens,A,6,0,2", "B2D9M2,Siemens,A,6,0,"), encoding="utf-8"
+    )
     assert "the table gives '' for ES, not a frame" in "\n".join(read("mnms", root).problems)
 
 
@@ -150,7 +152,7 @@ def test_learn2reg_images_in_a_folder_of_any_name_are_not_their_own_labels(tmp_p
     root = public_data.learn2reg(tmp_path / "LungCT")
     (root / "imagesTr").rename(root / "scans")
     listing = next(root.glob("*_dataset.json"))
-    listing.write_text(listing.read_text().replace("imagesTr", "scans"))
+    listing.write_text(listing.read_text(encoding="utf-8").replace("imagesTr", "scans"), encoding="utf-8")
     found = read("learn2reg", root)
     assert [bool(subject.label) for subject in found.subjects] == [True, True, False, False]  # as far as listed
 
@@ -329,7 +331,7 @@ def test_the_command_writes_manifest_pairs_and_extra_columns(tmp_path: Path) -> 
     assert done.stdout.splitlines() == [f"{out}: 2 subjects, 2 with labels, 0 with landmarks", f"{listed}: 1 pairs"]
     cohort = read_cohort(out)
     assert cohort.subjects[0].image == str(tmp_path / "c_files" / "A0S9V9_ED.mha")
-    assert "c_files/A0S9V9_ED.mha" in out.read_text()
+    assert "c_files/A0S9V9_ED.mha" in out.read_text(encoding="utf-8")
     rows = read_rows(out, ("subject",), ("vendor", "phase"))
     assert [row["phase"] for _, row in rows] == ["ED", "ES"]
     assert read_pairs(listed, cohort)[0][0].pair == "A0S9V9"

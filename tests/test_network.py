@@ -126,7 +126,7 @@ def test_what_is_no_network_is_refused_before_it_is_run(tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=message):
             segmenter_signature(NetworkConfig(checkpoint=checkpoint))
     torch.save(nn.Conv3d(1, 2, 3).state_dict(), tmp_path / "weights.pth")
-    (tmp_path / "text.pt").write_text("not a network")
+    (tmp_path / "text.pt").write_text("not a network", encoding="utf-8")
     for name in ("weights.pth", "text.pt"):
         with pytest.raises(CheckpointError, match=rf"{name}: neither a TorchScript nor a torch.export file"):
             segmenter_signature(NetworkConfig(checkpoint=str(tmp_path / name)))

@@ -252,7 +252,7 @@ def _command_lines(session: int) -> Iterator[str]:
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             if os.getsid(int(entry.name)) == session:
-                yield (entry / "cmdline").read_text(errors="replace")
+                yield (entry / "cmdline").read_text(encoding="utf-8", errors="replace")
         except (FileNotFoundError, ProcessLookupError):
             continue
 

@@ -148,9 +148,9 @@ def test_a_query_is_named_after_its_place_however_far_out_it_is() -> None:
 
 
 def test_an_image_that_is_gone_costs_its_panel_only(copy: Path) -> None:
-    plan = json.loads((copy / "plan.json").read_text())
+    plan = json.loads((copy / "plan.json").read_text(encoding="utf-8"))
     plan["manifest"]["b"]["image"] = str(copy / "gone.nii.gz")
-    (copy / "plan.json").write_text(json.dumps(plan))
+    (copy / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     code, said = _call(copy, "--subject", "a", "--label", 1)
     assert code == 1
     assert "failed b: " in said
@@ -160,10 +160,10 @@ def test_an_image_that_is_gone_costs_its_panel_only(copy: Path) -> None:
 
 
 def test_subjects_that_left_the_cohort_are_not_asked(copy: Path) -> None:
-    plan = json.loads((copy / "plan.json").read_text())
+    plan = json.loads((copy / "plan.json").read_text(encoding="utf-8"))
     del plan["subjects"]["c"]
     plan["subjects"]["b"]["prototypes"] = "made otherwise since"
-    (copy / "plan.json").write_text(json.dumps(plan))
+    (copy / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     assert open_study(copy).index.subjects == sorted({"a", HOSTILE})
 
 
@@ -401,8 +401,8 @@ def test_the_left_ventricle_is_found_in_real_hearts(shared_data: Path, tmp_path:
 
 def test_classes_are_not_asked_for(tmp_path: Path) -> None:
     manifest = phantoms.write_cohort(tmp_path / "data", ["a", "b"])
-    rows = manifest.read_text().replace("label", "segmentation", 1)
-    manifest.write_text(rows)
+    rows = manifest.read_text(encoding="utf-8").replace("label", "segmentation", 1)
+    manifest.write_text(rows, encoding="utf-8")
     config = make_config({"segmenter": "labels", "execution": {"executor": "serial"}})
     run_study(config, read_cohort(manifest), tmp_path / "study", until="prototypes")
     code, said = _call(tmp_path / "study", "--subject", "a", "--label", 1)

@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(REPO / "configs", where / "configs")
     commands = where / "bin"
     commands.mkdir()
-    (commands / "samreg").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pipeline.cli "$@"\n')
+    (commands / "samreg").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pipeline.cli "$@"\n', encoding="utf-8")
     (commands / "samreg").chmod(0o755)
     path = {**environment(), "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"}
     for text in blocks("bash"):
@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.ray
 def test_commands_and_snippets_run(folder: Path) -> None:
-    assert (folder / "cohort.csv").read_text().count("\n") == 4
+    assert (folder / "cohort.csv").read_text(encoding="utf-8").count("\n") == 4
     assert (folder / "study" / "report" / "index.html").exists()
     assert (folder / "study-acdc" / "transforms" / "patient001.h5").exists()
     assert len(list((folder / "study" / "transforms").glob("*.h5"))) >= 2

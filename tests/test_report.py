@@ -127,9 +127,9 @@ def test_without_images_the_rest_is_still_reported(tmp_path: Path) -> None:
     text = write_report(study).read_text(encoding="utf-8")
     assert "No picture:" in text
     assert "subject-01.nii.gz" in text
-    plan = json.loads((study / "plan.json").read_text())
+    plan = json.loads((study / "plan.json").read_text(encoding="utf-8"))
     del plan["manifest"]
-    (study / "plan.json").write_text(json.dumps(plan))
+    (study / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     assert "give the manifest with --cohort" in write_report(study).read_text(encoding="utf-8")
     again = write_report(study, tmp_path / "cohort.csv").read_text(encoding="utf-8")
     assert "Worst: " in again
@@ -292,7 +292,9 @@ def test_sweeps_and_an_atlas_are_shown(tmp_path: Path) -> None:
     study = write_study(tmp_path)
     sweep = study / "sweeps" / "try"
     sweep.mkdir(parents=True)
-    (sweep / "sweep.yaml").write_text(yaml.safe_dump({"grid": {"set": {"fit.a": 1}, "match.epsilon": [0.7, 0.8]}}))
+    (sweep / "sweep.yaml").write_text(
+        yaml.safe_dump({"grid": {"set": {"fit.a": 1}, "match.epsilon": [0.7, 0.8]}}), encoding="utf-8"
+    )
     numbers = {name: [0.5, 0.6] for name in ("dice", "dice_sd", "dice_before", "n_rois", "seconds_fit")}
     empty = {f"{name}tre_{unit}": pa.nulls(2, pa.float64()) for name in ("", "landmark_") for unit in ("mm", "vox")}
     table = pa.table({"match.epsilon": [0.7, 0.8], "label": [0, 0], "n_pairs": [2, 2], **numbers, **empty})

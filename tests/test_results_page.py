@@ -26,14 +26,14 @@ def page(tmp_path: Path) -> str:
     run = StudyFolder(study).read_run()
     StudyFolder(study).write_run({**(run or {}), "digests": {"config": "abcdef0123456789"}})
     run_baselines(study, choose(["identity"]), execution={"executor": "serial"})
-    (tmp_path / "provenance.json").write_text(json.dumps({"samreg": RUN, "identity": RUN}))
+    (tmp_path / "provenance.json").write_text(json.dumps({"samreg": RUN, "identity": RUN}), encoding="utf-8")
     target = tmp_path / "RESULTS.md"
     names = {"hearts": tmp_path, "lungs": tmp_path / "nowhere"}
     results_page.write(
         target, tmp_path / "figures", names, ["hearts"], {"niftyreg": "not found on PATH"}, {}, {}, tmp_path
     )
     assert (tmp_path / "figures" / "results_dice.png").stat().st_size > 1000
-    return target.read_text()
+    return target.read_text(encoding="utf-8")
 
 
 def test_numbers_carry_their_source(page: str) -> None:
@@ -81,7 +81,7 @@ def test_processor_time_is_that_of_every_run_of_the_present_configuration(tmp_pa
 
 def test_the_cost_of_matching_names_its_source(tmp_path: Path) -> None:
     row = {"subjects": "100", "ROIs each": "240", "product ms": "0.20", "in the run ms": "2.00"}
-    (tmp_path / "100x10.json").write_text(json.dumps({"row": row, "run": RUN}))
+    (tmp_path / "100x10.json").write_text(json.dumps({"row": row, "run": RUN}), encoding="utf-8")
     shown = "\n".join(results_scaling.text(tmp_path, tmp_path))
     assert "| 100 | 240 | 0.20 | 2.00 |" in shown
     assert "commit 0123456789, 2026-01-02, a processor, 2 cores, load 1." in shown

@@ -223,9 +223,9 @@ def test_a_query_prompts_no_other_weights_than_the_study_was_encoded_with(
     shutil.copytree(serial, study)
     other = tmp_path / "other.pth"
     torch.save({name: value * 1.01 for name, value in recipe_state_dict("slimsam_77_uniform").items()}, other)
-    record = (study / "run.yaml").read_text()
+    record = (study / "run.yaml").read_text(encoding="utf-8")
     assert str(checkpoint) in record
-    (study / "run.yaml").write_text(record.replace(str(checkpoint), str(other)))
+    (study / "run.yaml").write_text(record.replace(str(checkpoint), str(other)), encoding="utf-8")
     opened, seed = open_study(study), Seed("point", (30, 30, 1))
     with pytest.raises(UsageError, match=r"'a' was made otherwise: weights_sha256: stored .* with --stored"):
         ask(opened, "a", seed)

@@ -134,7 +134,7 @@ def test_ray_and_serial_give_the_same_tables(finished: Path, cohort: Path, tmp_p
 
 
 def test_the_plan_remembers_the_manifest_for_the_report(study: Path, cohort: Path) -> None:
-    remembered = json.loads((study / "plan.json").read_text())["manifest"]
+    remembered = json.loads((study / "plan.json").read_text(encoding="utf-8"))["manifest"]
     found = read_cohort(cohort)
     assert {name: Subject(name, **row) for name, row in remembered.items()} == found.by_name()
     text = write_report(study).read_text(encoding="utf-8")
@@ -351,7 +351,7 @@ def test_a_second_driver_is_refused(study: Path, cohort: Path) -> None:
 def test_pairs_are_chosen_from_prototypes(study: Path, cohort: Path, pairs: dict[str, Any], count: int) -> None:
     counts = _counts(_run(cohort, study, pairs=pairs, overwrite=True))
     assert counts["fit"] == (0, count, 0)
-    assert set(json.loads((study / "plan.json").read_text())["pairs"]["pair"]) == set(
+    assert set(json.loads((study / "plan.json").read_text(encoding="utf-8"))["pairs"]["pair"]) == set(
         tables.read_table(study, "metrics").column("pair").to_pylist()
     )
 

@@ -55,10 +55,10 @@ def test_a_submission_is_checked_and_scored(task: Path, tmp_path: Path) -> None:
 
 
 def test_a_pair_that_is_listed_and_not_there_is_named(task: Path, tmp_path: Path) -> None:
-    listing = json.loads((task / "LungCT" / "LungCT_dataset.json").read_text())
+    listing = json.loads((task / "LungCT" / "LungCT_dataset.json").read_text(encoding="utf-8"))
     listing["registration_val"] += listing["training_paired_images"]
     changed = tmp_path / "LungCT_dataset.json"
-    changed.write_text(json.dumps(listing))
+    changed.write_text(json.dumps(listing), encoding="utf-8")
     code, said = _call(
         "export", task / "study", "--out", tmp_path / "out", "--format", "learn2reg", "--dataset", changed
     )

@@ -24,7 +24,7 @@ SMALL = (2, 40, 40)
 
 def test_only_code_and_the_configuration_are_sent(tmp_path: Path) -> None:
     config = tmp_path / "my.yaml"
-    config.write_text("preset: paper\n")
+    config.write_text("preset: paper\n", encoding="utf-8")
     submit.pack(tmp_path / "sent", config)
     sent = {str(path.relative_to(tmp_path / "sent")) for path in (tmp_path / "sent").rglob("*") if path.is_file()}
     code = {str(path.relative_to(phantoms.REPO)) for name in submit.CODE for path in _code(name)}
@@ -78,7 +78,7 @@ def test_the_job_runs_on_ray_unless_another_executor_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], executor: str | None
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("serial.yaml").write_text("execution: {executor: serial}\n")
+    Path("serial.yaml").write_text("execution: {executor: serial}\n", encoding="utf-8")
     client = _Client(KeyboardInterrupt)
     assert _submit_to(client, monkeypatch, "--no-wait", *arguments).exit_code == 0
     assert client.commands[0].endswith("--out /mnt/s" if executor is None else "--out /mnt/s --executor ray")
@@ -105,7 +105,7 @@ def test_secrets_are_not_sent(text: str) -> None:
 
 def test_a_configuration_with_a_secret_is_not_sent(tmp_path: Path) -> None:
     config = tmp_path / "my.yaml"
-    config.write_text("segmenter: {name: sam_vit_b, checkpoint: 's3://key:hid/den@bucket/w.pth'}\n")
+    config.write_text("segmenter: {name: sam_vit_b, checkpoint: 's3://key:hid/den@bucket/w.pth'}\n", encoding="utf-8")
     with pytest.raises(submit.SubmitError, match=r"my\.yaml holds a secret") as caught:
         submit.pack(tmp_path / "sent", config)
     assert "den@" not in str(caught.value)

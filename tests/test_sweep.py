@@ -135,7 +135,10 @@ def test_the_table_has_the_settings_and_the_means(swept: SweepSummary) -> None:
         assert row["n_rois"] == pytest.approx(sum(pair["n_rois"] for pair in members) / 2)
         assert row["landmark_tre_mm"] is None
     assert {row["label"] for row in pq.read_table(swept.root / "sweep.parquet").to_pylist()} == {0, 1, 2, 3}
-    assert yaml.safe_load((swept.root / "sweep.yaml").read_text())["grid"] == {"set": {}, **EPSILON_AND_SMOOTHNESS}
+    assert yaml.safe_load((swept.root / "sweep.yaml").read_text(encoding="utf-8"))["grid"] == {
+        "set": {},
+        **EPSILON_AND_SMOOTHNESS,
+    }
 
 
 def test_other_rois_are_pooled_in_the_sweep_and_once(study: Path, cohort: Path, tmp_path: Path) -> None:
@@ -204,9 +207,9 @@ def test_a_bad_combination_costs_only_itself(study: Path) -> None:
 def test_a_bad_file_costs_its_pairs_in_every_combination(study: Path, cohort: Path, tmp_path: Path) -> None:
     label = tmp_path / "labels.nii.gz"
     label.write_bytes(b"no image")
-    plan = json.loads((study / "plan.json").read_text())
+    plan = json.loads((study / "plan.json").read_text(encoding="utf-8"))
     plan["manifest"]["b"]["label"] = str(label)
-    (study / "plan.json").write_text(json.dumps(plan))
+    (study / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     summary = _sweep(study, {"match.epsilon": [0.6, 0.8]})
     assert [(row["n_pairs"], row["n_failed"]) for row in _rows(summary)] == [(1, 1), (1, 1)]
     assert summary.n_failures == 2
@@ -296,7 +299,7 @@ def _samreg(*arguments: str | Path) -> Result:
 
 def test_the_command(study: Path, tmp_path: Path) -> None:
     grid = tmp_path / "mine.yaml"
-    grid.write_text("set: {match.max_pairs: 5}\nmatch.epsilon: [0.6, 0.7]\n")
+    grid.write_text("set: {match.max_pairs: 5}\nmatch.epsilon: [0.6, 0.7]\n", encoding="utf-8")
     done = _samreg("sweep", study, grid, "--grid", "match.one_to_one=true,false", "--executor", "serial")
     assert done.exit_code == 0, done.output
     assert "one_to_one" in done.stderr

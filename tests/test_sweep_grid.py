@@ -36,7 +36,9 @@ def test_a_table_of_the_paper_varies_one_setting_of_the_paper_s_matching(table: 
 
 def test_options_go_before_the_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("set: {match.scope: window, fit.step: 0.1}\nmatch.epsilon: [0.5]\nfit.robust: [0, 1]\n")
+    path.write_text(
+        "set: {match.scope: window, fit.step: 0.1}\nmatch.epsilon: [0.5]\nfit.robust: [0, 1]\n", encoding="utf-8"
+    )
     grid = read_grid(path, ["match.epsilon=0.6,0.7", "match.scope=volume,window"], ["fit.step=0.2"])
     assert grid.name == "mine"
     assert grid.axes == {
@@ -57,7 +59,7 @@ def test_the_last_axis_runs_fastest_and_values_are_those_understood() -> None:
 
 def test_keys_that_are_no_settings_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "g.yaml"
-    path.write_text("set: {2: 1}\n1: [3]")
+    path.write_text("set: {2: 1}\n1: [3]", encoding="utf-8")
     with pytest.raises(ConfigError, match="unknown setting '2'"):
         read_grid(path).combinations(make_config({}))
 
@@ -66,7 +68,8 @@ def test_whole_sections_and_lists_can_be_values(tmp_path: Path) -> None:
     path = tmp_path / "g.yaml"
     level = "{stride: 2, control: 8.0, tau: 2.0, iterations: 3}"
     path.write_text(
-        f"fit.levels: [[{level}], [{level}, {level}]]\nmatch.spatial: [{{enabled: false}}, {{weight: 0.1}}]"
+        f"fit.levels: [[{level}], [{level}, {level}]]\nmatch.spatial: [{{enabled: false}}, {{weight: 0.1}}]",
+        encoding="utf-8",
     )
     configs = [combination.config for combination in read_grid(path).combinations(make_config({}))]
     assert [len(config.fit.levels) for config in configs] == [1, 1, 2, 2]
@@ -85,7 +88,7 @@ def test_whole_sections_and_lists_can_be_values(tmp_path: Path) -> None:
 )
 def test_a_file_of_another_form_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "g.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         read_grid(path)
 

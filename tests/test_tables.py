@@ -152,10 +152,10 @@ def test_equal_tables_give_equal_bytes(tmp_path):
 
 def test_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
-    path.write_text("old")
+    path.write_text("old", encoding="utf-8")
     with pytest.raises(UnicodeEncodeError), replace_file(path) as temporary:
         temporary.write_text("new \ud800", encoding="utf-8")
-    assert path.read_text() == "old"
+    assert path.read_text(encoding="utf-8") == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
@@ -207,7 +207,7 @@ with replace_file(Path({str(tmp_path)!r}) / "a.parquet") as temporary:
     subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False)
     assert len(os.listdir(tmp_path)) == 2
     with replace_file(tmp_path / "a.parquet") as temporary:
-        temporary.write_text("whole")
+        temporary.write_text("whole", encoding="utf-8")
         clear_abandoned([tmp_path, tmp_path / "none"])
         assert len(os.listdir(tmp_path)) == 2
     assert os.listdir(tmp_path) == ["a.parquet"]

@@ -71,7 +71,7 @@ def test_every_module_imports_from_the_wheel(installed: Path, tmp_path: Path) ->
 
 
 def test_the_command_of_the_wheel_runs_a_study(installed: Path, tmp_path: Path) -> None:
-    assert "samreg = pipeline.cli:main" in next(installed.glob("samreg-*/entry_points.txt")).read_text()
+    assert "samreg = pipeline.cli:main" in next(installed.glob("samreg-*/entry_points.txt")).read_text(encoding="utf-8")
     start = ["-c", "from pipeline.cli import main; main()"]
     options = ["--subjects", "2", "--depth", "2", "--size", "48", "--set", "execution.executor=serial"]
     done = _run(installed, tmp_path, *start, "demo", "--out", "d", *options)
