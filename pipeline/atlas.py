@@ -156,7 +156,7 @@ class Atlas:
                 iteration = self._iteration(folder)
                 outcomes.append(self._collecting(iteration, iteration.run))
                 settled = outcomes[-1].settled(self.config.atlas)
-            if not folder.has_composed():
+            if not folder.has_inverses():
                 outcomes[-1] = self._collecting(iteration, partial(iteration.run, anew=True))
             subjects = [row["subject"] for row in outcomes[-1].rows]
             self._collecting(iteration, partial(iteration.map_rois, subjects))

@@ -6,7 +6,7 @@
       iteration_01/ ...              an ordinary study of all subjects onto the template before, and beside it
         template.nii.gz              the template that came of it
         maps/                        the other images of STUDY/atlas
-        composed/                    transforms/ and inverses/ of the subjects onto it
+        composed/                    transforms/ of the subjects onto it, and of the last iteration inverses/
         volumes.zarr                 all subjects on its grid, while it is being made
         atlas/                       rows of atlas.parquet; written last
       template.nii.gz ...            those of the last iteration
@@ -113,13 +113,17 @@ class IterationFolder:
         """Delete `volumes.zarr`."""
         shutil.rmtree(self.root / "volumes.zarr", ignore_errors=True)
 
-    def has_composed(self) -> bool:
-        """Whether the composed transforms are there."""
-        return (self.root / "composed").exists()
+    def has_inverses(self) -> bool:
+        """Whether the inverses of the composed transforms are there."""
+        return (self.root / "composed" / "inverses").exists()
 
     def drop_composed(self) -> None:
-        """Delete the composed transforms, which a later iteration supersedes."""
+        """Delete the composed transforms and their inverses."""
         shutil.rmtree(self.root / "composed", ignore_errors=True)
+
+    def drop_inverses(self) -> None:
+        """Delete the inverses of the composed transforms, which a later iteration supersedes."""
+        shutil.rmtree(self.root / "composed" / "inverses", ignore_errors=True)
 
     def link_subjects(self, study: StudyFolder, subjects: Sequence[str]) -> None:
         """Let this iteration's study read the subjects' embeddings and ROI tables where the main study has them."""

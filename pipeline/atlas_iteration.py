@@ -32,7 +32,7 @@ from storage.images import read_image
 from storage.signature import digest
 
 LOG = logging.getLogger("samreg")
-VERSION = 1
+VERSION = 2
 _LONE = 2  # single subjects besides the reference whose labels are propagated
 TEMPLATE = "template"
 
@@ -101,7 +101,7 @@ class Iteration:
             done = rows
         self.folder.drop_volumes()
         if self.folder.number > 1:
-            self.folder.before().drop_composed()
+            self.folder.before().drop_inverses()
         return Outcome(tuple(done), _edge(self.place.grid()))
 
     def map_rois(self, subjects: Sequence[str]) -> None:
@@ -189,7 +189,7 @@ class Iteration:
         stretch = np.mean([shape.log_stretch for shape in shapes], axis=0)
         lattice = node_lattice(grid.shape, grid.spacing_mm)
         forward = mean_map(lattice, foreground.mean(axis=0), stretch, left)
-        write_maps(self.folder.shapes, forward=forward, back=inverse_map(forward))
+        write_maps(self.folder.shapes, forward=forward, back=inverse_map(forward, lattice, np.eye(4)))
         return float(np.sqrt(((forward.at(foreground) - foreground) ** 2).sum(axis=1).mean()))
 
     def _write_images(self, units: Sequence[AtlasUnit], grid: Geometry) -> dict[str, float]:

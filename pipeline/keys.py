@@ -21,7 +21,7 @@ from pipeline.inputs import InputDigests
 from storage.cohort import Pair
 from storage.signature import digest
 
-VERSIONS = {"encode": 1, "prototypes": 3, "match": 3, "fit": 2}
+VERSIONS = {"encode": 1, "prototypes": 3, "match": 3, "fit": 3}
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from pipeline.algorithms import template
 from pipeline.algorithms.atlas_config import AtlasConfig
 from pipeline.algorithms.label_votes import mean_dice
 from pipeline.algorithms.metrics import dice
+from pipeline.algorithms.warp import grid_points
 from pipeline.atlas import AtlasSummary, run_atlas
-from pipeline.atlas_folder import BLOCK_BYTES, IterationFolder
+from pipeline.atlas_folder import BLOCK_BYTES, IterationFolder, read_map
 from pipeline.cli import app
 from pipeline.cohort_rois import write_cohort_rois
 from pipeline.config import make_config
@@ -34,7 +35,7 @@ from pipeline.study import run_study
 from storage import tables
 from storage.cohort import read_cohort
 from storage.schemas import ATLAS
-from storage.transforms import read_transform
+from storage.transforms import read_transform, to_itk
 from storage.warping import read_itk_transform
 
 NAMES = [f"subject-{n:02d}" for n in range(1, 6)]
@@ -239,6 +240,26 @@ def test_fewer_iterations_need_no_fit_and_leave_nothing_of_the_later_ones(
     assert len(rows(copy)) == len(NAMES)
     runs = tables.read_table(copy / "atlas" / "iteration_01", "runs").to_pylist()
     assert sum(row["units_done"] for row in runs if row["stage"] == "fit") == len(NAMES)
+
+
+def test_a_third_iteration_goes_on_from_the_maps_of_the_second(study: Path, made: AtlasSummary, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(study, tmp_path / "study", symlinks=True))
+    third = atlas(copy, "atlas.reference=subject-01", "atlas.iterations=3")
+    assert third.iterations[:2] == made.iterations
+    folder = IterationFolder(copy / "atlas", 3, ".nii.gz")
+    grid, back = folder.study.store.geometry("template"), read_map(folder.shapes, "back")
+    points = grid_points(grid.shape, grid.spacing_mm)[:, :, ::9, ::9].reshape(3, -1).T
+    for name in NAMES:
+        before, fitted, made_of_them = (
+            read_transform(path).at(to_itk(at, grid))
+            for path, at in (
+                (folder.before().composed("transforms", name), back.at(points)),
+                (folder.study.transform(f"{name}__template"), back.at(points)),
+                (copy / "atlas" / "transforms" / f"{name}.h5", points),
+            )
+        )
+        assert np.abs(before - fitted).max() > 0.1
+        assert np.abs(made_of_them - (before + fitted) / 2).max() < 0.2
 
 
 def test_bad_subjects_are_named_and_left_out(fresh: Path, tmp_path: Path) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 from scipy.ndimage import map_coordinates
 
-from pipeline.algorithms import metrics, warp
+from pipeline.algorithms import gauss_newton, metrics, roi_fields, warp
 from pipeline.algorithms.ddf import FitConfig, FitResult, fit_ddf, fit_ddfs
 from pipeline.algorithms.distance_map import signed_distance
-from pipeline.algorithms.fit_config import DEFAULT_LEVELS
+from pipeline.algorithms.fit_config import DEFAULT_LEVELS, Eq10Config
 from pipeline.algorithms.roi_fields import Problem, Roi, RoiPair
+from pipeline.algorithms.stray_points import differing
 
 SHAPE = (8, 72, 80)
 SPACING = (6.0, 1.5, 1.5)
@@ -220,10 +223,36 @@ def test_only_trusted_pairs_take_the_fine_levels() -> None:
     assert mean_dice(unsure, FitConfig()) == mean_dice(unsure, coarse)
 
 
+def test_a_part_of_a_sure_roi_far_from_the_fixed_one_is_drawn_in() -> None:
+    shape, unit = (1, 90, 100), (1.0, 1.0, 1.0)
+    _, y, x = np.indices(shape)
+    fixed = (y - 30) ** 2 + (x - 24) ** 2 < 100
+    moving = fixed | (abs(y - 30) < 3) & (x > 24) & (x < 58)
+    found = fit([RoiPair(crop(fixed), crop(moving))], shape)
+    moved = warp.warp_image(moving.astype(np.float32), warp.moving_indices(found.ddf, unit, IDENTITY, unit))
+    assert metrics.dice(fixed, moving) < 0.85
+    assert metrics.dice(fixed, moved >= 0.5) > 0.95
+
+
+def test_voxels_away_from_the_boundary_that_differ_are_counted() -> None:
+    shape, unit = (12, 40, 60), (1.0, 1.0, 1.0)
+    fixed, moving = np.zeros(shape, bool), np.zeros(shape, bool)
+    fixed[4:8, 10:20, 5:40] = True
+    moving[4:8, 10:20, 20:55] = True
+    problem = Problem([RoiPair(crop(fixed), crop(moving))], shape, unit, unit, IDENTITY)
+    rois = roi_fields.build([problem], "cpu", 1.0)
+    still = gauss_newton.still([problem], "cpu")
+    distance = ndimage.distance_transform_edt(fixed) - ndimage.distance_transform_edt(~fixed)
+    away = abs(distance - np.sign(distance) / 2) >= 2
+    only_moved, only_fixed = differing(rois, [problem], torch.eye(4)[None], still, 2.0)
+    assert only_moved[0] == pytest.approx((moving & ~fixed & away).sum(), rel=0.2)
+    assert only_fixed[0] == pytest.approx((fixed & ~moving & away).sum(), rel=0.2)
+
+
 def test_eq10_comes_closer_to_the_rois_also_without_levels() -> None:
     pairs = crosses()
     start = mean_dice(pairs, FitConfig(levels=()))
-    alone = mean_dice(pairs, FitConfig(levels=(), objective="eq10"))
+    alone = mean_dice(pairs, FitConfig(levels=(), objective="eq10", eq10=Eq10Config(smoothness=0.8)))
     polished = mean_dice(pairs, FitConfig(objective="eq10"))
     assert alone > start + 0.02
     assert polished > mean_dice(pairs, FitConfig())

@@ -7,7 +7,15 @@ import numpy.typing as npt
 import pytest
 from scipy.spatial.transform import Rotation
 
-from pipeline.algorithms.mean_shape import FieldMap, exp_symmetric, inverse_map, mean_map, node_lattice, without_pose
+from pipeline.algorithms.mean_shape import (
+    FieldMap,
+    between,
+    exp_symmetric,
+    inverse_map,
+    mean_map,
+    node_lattice,
+    without_pose,
+)
 
 LATTICE = node_lattice((6, 20, 18), (3.0, 1.0, 1.0))
 POINTS = LATTICE.nodes()
@@ -59,7 +67,7 @@ def test_the_inverse_leads_back() -> None:
     left = 0.4 * generator.standard_normal(LATTICE.values.shape)
     forward = mean_map(LATTICE, CENTRE, np.diag([0.1, -0.1, 0.05]), left)
     inside = (np.abs(POINTS - CENTRE) < 0.3 * np.ptp(POINTS, axis=0)).all(axis=1)
-    back = inverse_map(forward).at(POINTS[inside])
+    back = inverse_map(forward, LATTICE, np.eye(4)).at(POINTS[inside])
     assert np.abs(forward.at(back) - POINTS[inside]).max() < 0.01
 
 
@@ -69,3 +77,18 @@ def test_a_map_on_nodes_keeps_its_images_whatever_its_affine_part() -> None:
     assert np.allclose(LATTICE.on_nodes(affine, images).at(POINTS), images)
     beyond = FieldMap(np.eye(4), np.ones((3, 2, 2, 2)), (1.0, 1.0, 1.0)).at(np.array([[9.0, 9.0, 9.0]]))
     assert np.allclose(beyond, 10.0)
+
+
+def test_a_map_between_two_lies_between_their_images_and_does_not_fold() -> None:
+    affine = np.diag([1.0, 1.1, 0.9, 1.0])
+    affine[:3, 3] = (2.0, -1.0, 0.5)
+    moved = FieldMap(affine, np.zeros_like(LATTICE.values), LATTICE.step_mm)
+    images = POINTS + np.sin(POINTS[:, ::-1] / 5)
+    wavy = LATTICE.on_nodes(np.eye(4), images)
+    found = between(moved, wavy, 0.25)
+    assert np.allclose(found.at(POINTS), 0.75 * moved.at(POINTS) + 0.25 * images, atol=1e-5)
+
+    mirrored = FieldMap(np.diag([1.0, 1.0, -1.0, 1.0]), np.zeros_like(LATTICE.values), LATTICE.step_mm)
+    kept = between(mirrored, wavy, 0.3)
+    rows = kept.at(POINTS).reshape(*LATTICE.values.shape[1:], 3)
+    assert (np.diff(rows[..., 2], axis=2) > 0).all()

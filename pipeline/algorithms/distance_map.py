@@ -1,8 +1,9 @@
 # mypy: disable-error-code="no-untyped-def"
 """Exact Euclidean distance maps of masks, as fast as a fit needs them.
 
-Separable lower envelopes of parabolas (Felzenszwalb and Huttenlocher, Theory of Computing 8, 2012), in millimetres.
-SciPy and SimpleITK compute the same in five to ten times the time, which at many ROIs was most of a fit.
+One axis after the other (Saito and Toriwaki, Pattern Recognition 27, 1994), in millimetres, whole rows at a time and no
+further than the distance found: SciPy and SimpleITK take ten times as long for ROIs of common sizes, which at many of
+them was most of a fit.
 """
 
 from __future__ import annotations
@@ -45,35 +46,31 @@ def _without(margin: tuple[int, int, int]) -> tuple[slice, ...]:
 
 @compiled
 def _distance(mask, steps):
-    """Distance [D, H, W] of every voxel to the nearest one of the mask."""
+    """Distance [D, H, W] of every voxel to the nearest one of the mask, which holds some."""
     nz, ny, nx = mask.shape
-    found = np.empty((nz, ny, nx), np.float32)
-    n = max(nz, ny, nx)
-    line, out, bound, site = (
-        np.empty(n, np.float32),
-        np.empty(n, np.float32),
-        np.empty(n + 1, np.float32),
-        np.empty(n, np.int64),
-    )
+    planes, rows = np.zeros(nz, np.bool_), np.zeros(ny, np.bool_)
     for k in range(nz):
         for j in range(ny):
-            _along_row(mask[k, j], steps[2], found[k, j])
-    for k in range(nz):
-        for i in range(nx):
-            for j in range(ny):
-                line[j] = found[k, j, i]
-            if _envelope(line, ny, steps[1] ** 2, out, site, bound):
-                for j in range(ny):
-                    found[k, j, i] = out[j]
-    for j in range(ny):
-        for i in range(nx):
-            for k in range(nz):
-                line[k] = found[k, j, i]
-            if nz > 1 and _envelope(line, nz, steps[0] ** 2, out, site, bound):
-                for k in range(nz):
-                    found[k, j, i] = out[k]
-            for k in range(nz):
-                found[k, j, i] = np.sqrt(found[k, j, i])
+            held = mask[k, j].any()
+            planes[k] |= held
+            rows[j] |= held
+    first = np.argmax(planes)
+    planes = planes[first : nz - np.argmax(planes[::-1])].copy()
+    h = len(planes)
+    in_row, in_plane = np.empty((ny, h, nx), np.float32), np.empty((ny, h, nx), np.float32)
+    for k in range(h):
+        for j in range(ny):
+            _along_row(mask[first + k, j], steps[2], in_row[j, k])
+    _spread(in_row.reshape(ny, h * nx), rows, 0, steps[1], in_plane.reshape(ny, h * nx))
+    slices = np.empty((h, ny, nx), np.float32)
+    for k in range(h):
+        for j in range(ny):
+            slices[k, j] = in_plane[j, k]
+    found = np.empty((nz, ny, nx), np.float32)
+    _spread(slices.reshape(h, ny * nx), planes, first, steps[0], found.reshape(nz, ny * nx))
+    flat = found.reshape(-1)
+    for i in range(len(flat)):
+        flat[i] = np.sqrt(flat[i])
     return found
 
 
@@ -92,27 +89,40 @@ def _along_row(mask, step, found):
 
 
 @compiled
-def _envelope(line, n, square, out, site, bound):
-    """min over q of line[q] + square (p - q)^2 for every p, in `out`; False where the line holds nothing."""
-    last = -1
-    for q in range(n):
-        if line[q] >= _NONE:
-            continue
-        start = np.float32(-1)
-        while last >= 0:
-            v = site[last]
-            start = (line[q] - line[v]) / (2 * square * (q - v)) + np.float32(0.5) * (q + v)
-            if start > bound[last]:
-                break
-            last -= 1
-        last += 1
-        site[last] = q
-        bound[last] = start if last else np.float32(-1)
-    if last < 0:
-        return False
-    k = 0
+def _spread(source, held, first, step, found):
+    """found[p] = min over q of source[q] + (step (p - first - q))^2 for every row p, element by element.
+
+    source: [n, m]; those rows count that are `held`, [n].
+    """
+    n, last = len(found), len(source) - 1
     for p in range(n):
-        while k < last and bound[k + 1] < p:
-            k += 1
-        out[p] = line[site[k]] + square * (p - site[k]) ** 2
-    return True
+        nearest = n
+        for q in range(last + 1):
+            if held[q]:
+                nearest = min(nearest, abs(first + q - p))
+        found[p] = _NONE
+        for d in range(nearest, n):
+            added = np.float32((step * d) ** 2)
+            below, above = p - first - d, p - first + d
+            if (below < 0 and above > last) or ((d - nearest) % 2 and not _exceeds(found[p], added)):
+                break
+            if 0 <= below <= last and held[below]:
+                _lower(found[p], source[below], added)
+            if d and 0 <= above <= last and held[above]:
+                _lower(found[p], source[above], added)
+
+
+@compiled
+def _lower(values, others, added):
+    """values = min(values, others + added); np.minimum, because min is not vectorised."""
+    for i in range(len(values)):
+        values[i] = np.minimum(values[i], others[i] + added)
+
+
+@compiled
+def _exceeds(values, limit):
+    """Whether any is above a limit: counted, because a search is not vectorised."""
+    count = 0
+    for i in range(len(values)):
+        count += values[i] > limit
+    return count > 0

@@ -2,7 +2,9 @@
 
 Masks are 0 or 1 and sampled linearly, as in the paper's implementation, and the field moves by Adam on a cubic B-spline
 grid, so that nothing but the smoothness term holds it back: it may fold. The squared error of a ROI is a mean over as
-many voxels as the ROI has; over the whole image it would vanish for a small ROI.
+many voxels as the ROI has; over the whole image it would vanish for a small ROI. What the penalty holds back is what is
+added to the field to start from: of the affine map alone that is the whole displacement, as the equation has it; of a
+field of Gauss-Newton steps, held back already, it is the change, so that the ROIs never move apart again.
 """
 
 from __future__ import annotations
@@ -43,9 +45,10 @@ def polish(rois: RoiFields, matrix: Tensor, u: Lattices, config: Eq10Config) -> 
     best, kept, waited = torch.inf, u, 0
     for _ in range(config.iterations):
         adam.zero_grad()
-        field = u.values + grid.expand(coefficients)
+        added = grid.expand(coefficients)
+        field = u.values + added
         loss = roi_loss(masks, points, core, affine + field[0].flatten(1)[:, cell].T)
-        loss = loss + config.smoothness * squared_gradient(field[0], u.step_mm[0])
+        loss = loss + config.smoothness * squared_gradient(added[0], u.step_mm[0])
         if float(loss.detach()) < best - config.settled:
             best, waited = float(loss.detach()), 0
             kept = replace(u, values=field.detach())

@@ -28,6 +28,7 @@ class Level:
         lumped: short, smooth steps that errors in the outlines hardly disturb; off, full steps that converge sooner.
         trust: smallest confidence of the pairs that vote. A level for which no pair votes is left out.
         below: the level is for fits of which a voting ROI has a Dice below this; the others end before it.
+        below_flat: the same for pictures, where fine levels cost little; 0 is `below`.
         smoothness: of the level, in units of that of the fit.
         points_per_roi: of the level; 0 is that of the fit.
     """
@@ -40,6 +41,7 @@ class Level:
     lumped: bool = True
     trust: float = 0.0
     below: float = 1.0
+    below_flat: float = 0.0
     smoothness: float = 1.0
     points_per_roi: int = 0
 
@@ -47,15 +49,15 @@ class Level:
         _check(self, "fit.levels", ("stride", "control", "tau", "points"), ("smoothness",))
 
 
-_TRUST = 0.99  # more than `pipeline.algorithms.matching` ever gives
+TRUSTED = 0.99  # more than `pipeline.algorithms.matching` ever gives
 DEFAULT_LEVELS = (
-    Level(8, 32.0, 8.0, 4, 4, trust=_TRUST),
+    Level(8, 32.0, 8.0, 4, 4, trust=TRUSTED),
     Level(4, 16.0, 4.0, 4, 4),
     Level(2, 8.0, 2.0, 4, 2),
     Level(2, 5.0, 1.2, 4, 2),
-    Level(2, 4.0, 1.5, 4, lumped=False, trust=_TRUST, below=0.95, smoothness=0.4, points_per_roi=250),
-    Level(2, 2.0, 0.8, 6, lumped=False, trust=_TRUST, below=0.95, smoothness=0.4, points_per_roi=250),
-    Level(1, 1.0, 0.5, 14, lumped=False, trust=_TRUST, below=0.9, smoothness=0.1, points_per_roi=1000),
+    Level(2, 4.0, 1.5, 4, 1, False, TRUSTED, below=0.95, below_flat=0.98, smoothness=0.4, points_per_roi=250),
+    Level(2, 2.0, 0.8, 6, 1, False, TRUSTED, below=0.95, below_flat=0.98, smoothness=0.4, points_per_roi=250),
+    Level(1, 1.0, 0.5, 14, 1, False, TRUSTED, below=0.9, below_flat=0.98, smoothness=0.1, points_per_roi=4000),
 )
 
 
@@ -64,7 +66,8 @@ class Eq10Config:
     """Settings of the literal Eq. 10, `pipeline.algorithms.eq10`.
 
     Attributes:
-        smoothness: lambda of Eq. 10, for the gradient of the whole field without its affine part.
+        smoothness: lambda of Eq. 10, for the gradient of what it adds to the field that it starts from, with which
+            folds stay rare; after the affine part alone, 0.8 is about as smooth.
         control: control point spacing, in h0.
         band: how far from the fixed boundaries masks are compared, in h0.
         points_per_roi: about how many voxels of a ROI are compared, for each of its slices.
@@ -73,7 +76,7 @@ class Eq10Config:
         settled: a step that lowers the loss by less than this is none; fifteen such end the fit.
     """
 
-    smoothness: float = 0.8
+    smoothness: float = 5.0
     control: float = 2.0
     band: float = 4.0
     points_per_roi: int = 2000

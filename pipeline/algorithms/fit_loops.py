@@ -52,14 +52,23 @@ def carry(x, fit, matrix, values, step):
 
 
 @compiled
-def near(distance, stride, reach):
-    """Indices [P, 3] and values [P] of a map [d, h, w] within a reach of zero, on every `stride`-th row and column."""
+def count_near(distance, stride, reach):
+    """How many of `near` there are."""
     depth, height, width = distance.shape
     count = 0
     for k in range(depth):
         for j in range(0, height, stride):
+            row = distance[k, j]
             for i in range(0, width, stride):
-                count += abs(distance[k, j, i]) < reach
+                count += abs(row[i]) < reach
+    return count
+
+
+@compiled
+def near(distance, stride, reach):
+    """Indices [P, 3] and values [P] of a map [d, h, w] within a reach of zero, on every `stride`-th row and column."""
+    depth, height, width = distance.shape
+    count = count_near(distance, stride, reach)
     place, value = np.empty((count, 3), np.int64), np.empty(count, np.float32)
     p = 0
     for k in range(depth):
@@ -70,6 +79,38 @@ def near(distance, stride, reach):
                     value[p] = distance[k, j, i]
                     p += 1
     return place, value
+
+
+@compiled
+def unlike(place, index, fixed, corner, moving, origin, band, reach):
+    """Points where a moved ROI may differ from the fixed one, `band` mm from the fixed boundary or more.
+
+    place, index: [P, 3] fixed voxels and where they fall in the moving grid. fixed, moving: maps [d, h, w] from
+    `corner` and `origin` on; beyond them nothing of a ROI is near. reach: mm from the moved boundary that count, too.
+    Returns which [S], and their distance to the fixed ROI, -inf where its map ends.
+    """
+    chosen, distance = np.empty(len(place), np.int64), np.empty(len(place), np.float32)
+    count = 0
+    for p in range(len(place)):
+        here = _looked_up(fixed, place[p, 0] - corner[0], place[p, 1] - corner[1], place[p, 2] - corner[2])
+        if abs(here) < band:
+            continue
+        k = int(np.rint(index[p, 0] - origin[0]))
+        j = int(np.rint(index[p, 1] - origin[1]))
+        i = int(np.rint(index[p, 2] - origin[2]))
+        there = _looked_up(moving, k, j, i)
+        if (here < 0 and there > -reach) or (here > 0 and there < reach):
+            chosen[count], distance[count] = p, here
+            count += 1
+    return chosen[:count].copy(), distance[:count].copy()
+
+
+@compiled
+def _looked_up(distance, k, j, i):
+    """A map's value, -inf outside it."""
+    depth, height, width = distance.shape
+    inside = 0 <= k < depth and 0 <= j < height and 0 <= i < width
+    return distance[k, j, i] if inside else np.float32(-np.inf)
 
 
 @compiled

@@ -13,16 +13,18 @@ from torch.nn.functional import avg_pool1d, max_pool1d, pad
 from pipeline.algorithms import fit_loops
 from pipeline.algorithms.bspline import ControlGrid, control_counts, solve
 from pipeline.algorithms.compiled import runs_compiled
-from pipeline.algorithms.fit_config import FitConfig, Level
+from pipeline.algorithms.fit_config import TRUSTED, FitConfig, Level
 from pipeline.algorithms.lattice import Lattice
 from pipeline.algorithms.lattices import Lattices, Shape, compose, jacobian, node_counts, resample
 from pipeline.algorithms.regularity import SMALLEST_JACOBIAN, stays_above
 from pipeline.algorithms.roi_affine import affine_map
-from pipeline.algorithms.roi_fields import Points, Problem, RoiFields
+from pipeline.algorithms.roi_fields import MARGIN, Points, Problem, RoiFields
+from pipeline.algorithms.stray_points import differing, strays
 
 _ROUNDING = 1e-4  # of a determinant
-_BAND = 12.0  # h0 around the fixed boundary where masks are compared: as far as their maps go
-_BAND_POINTS = 1000
+_TOGETHER = 320  # ROIs of one slice that have all their points; one of many slices counts for up to 16
+_BAND = 6.0  # h0 around the fixed boundary where masks are compared
+_BAND_POINTS = 300
 _REACHES = (1, 2, 3, 4, 6, 8, 12)
 
 
@@ -79,9 +81,10 @@ def fit_levels(
     """
     left = Fitted(list(range(len(problems))), still(problems, matrix.device), None)
     done: list[Fitted] = []
+    surest = float(rois.confidence.max())
     for level, room in plan:
         if level.below < 1:
-            apart = _apart(rois, matrix, left.field, level)
+            apart = _apart(rois, [problems[k] for k in left.members], matrix, left.field, level)
             met = [k for k in range(len(left.members)) if k not in set(apart)]
             if met:
                 done.append(_some(left, met))
@@ -93,7 +96,9 @@ def fit_levels(
         steps = [node_counts(p.shape, p.spacing_mm, level.stride, p.h0)[1] for p in members]
         u = resample(left.field, Lattices.zero(room.nodes, steps, matrix.device))
         limit = level.points_per_roi or config.points_per_roi
-        points = rois.points(3 * level.tau + 1, level.points, limit)
+        band = min(3 * level.tau + 1, MARGIN - 1)
+        away = strays(rois, members, matrix, u, band, level.points) if surest >= TRUSTED else ()
+        points = rois.points(band, level.points, limit, _TOGETHER * limit, away)
         weights = (rois.confidence >= level.trust) * _reweighted(rois, points, matrix, u, level.tau, config.robust)
         left = Fitted(left.members, _fit_level(rois, points, weights, matrix, u, level, room.controls, config), level)
     return [*done, left]
@@ -109,16 +114,18 @@ def _some(fits: Fitted, chosen: list[int]) -> Fitted:
     return Fitted([fits.members[k] for k in chosen], field, fits.level)
 
 
-def _apart(rois: RoiFields, matrix: Tensor, u: Lattices, level: Level) -> list[int]:
+def _apart(rois: RoiFields, problems: Sequence[Problem], matrix: Tensor, u: Lattices, level: Level) -> list[int]:
     """The fits that a level is for: those of which a voting ROI has a Dice below `level.below`."""
     points = rois.points(_BAND, 1, _BAND_POINTS)
     distance, _ = rois.sample(points, _transform(matrix, u, points))
     moved, fixed = distance > 0, points.fixed > 0
     voxels = points.share * rois.count[points.roi]
     both, a, b = (rois.sum_per_roi(points, voxels * each) for each in (moved & fixed, moved, fixed))
-    core = (rois.count - b).clamp_min(0)  # further inside than any point, taken to be inside both
-    dice = 2 * (both + core) / (a + b + 2 * core)
-    low = (dice < level.below) & (rois.confidence >= level.trust)
+    more, less = (torch.as_tensor(n, device=a.device) for n in differing(rois, problems, matrix, u, _BAND))
+    core = (rois.count - b).clamp_min(0)  # further inside than any point
+    dice = 2 * (both + core - less) / (a + more + core - less + rois.count)
+    flat = problems[0].shape[0] == 1
+    low = (dice < (level.below_flat if flat and level.below_flat else level.below)) & (rois.confidence >= level.trust)
     return [k for k, each in enumerate(rois.by_fit(low)) if bool(each.any())]
 
 

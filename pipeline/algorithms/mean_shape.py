@@ -16,13 +16,17 @@ Positions are local mm (z, y, x), see `storage.geometry`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
 from pipeline.algorithms.warp import Affine, Array, apply_affine
+
+if TYPE_CHECKING:  # loads torch
+    from pipeline.algorithms.lattice import Lattice
 
 Triple = tuple[float, float, float]
 Shape = tuple[int, int, int]
@@ -91,6 +95,27 @@ def without_pose(points: Array, moved: Array, inside: Mask) -> tuple[Array, Arra
     return logarithm, np.asarray(y @ (u @ v) - x @ (v.T @ np.diag(stretch) @ v))
 
 
+def between(before: FieldMap, after: FieldMap, share: float) -> FieldMap:
+    """(1 - share) `before` + share `after` on the lattice of the latter, smoothed where it would fold.
+
+    Raises:
+        ValueError: when `after` mirrors or flattens.
+    """
+    images = (1 - share) * before.at(after.nodes()) + share * after.at(after.nodes())
+    return unfolded_map(after.on_nodes(after.affine, images))
+
+
+def unfolded_map(found: FieldMap) -> FieldMap:
+    """The map, smoothed where it would fold.
+
+    Raises:
+        ValueError: when its affine part mirrors or flattens.
+    """
+    from pipeline.algorithms.regularity import SMALLEST_JACOBIAN, unfolded
+
+    return replace(found, values=unfolded(_lattice(found), found.affine, SMALLEST_JACOBIAN)[0].values.numpy())
+
+
 def mean_map(lattice: FieldMap, centre: Array, log_stretch: Array, left: npt.NDArray[np.floating]) -> FieldMap:
     """The map m to the mean shape, drawn back where it would fold.
 
@@ -100,29 +125,33 @@ def mean_map(lattice: FieldMap, centre: Array, log_stretch: Array, left: npt.NDA
         log_stretch: [3, 3], mean of log S.
         left: [3, nz, ny, nx] mm, mean of r at the nodes.
     """
-    import torch
-
-    from pipeline.algorithms.lattice import Lattice
-    from pipeline.algorithms.regularity import SMALLEST_JACOBIAN, unfolded
-
     affine = np.eye(4)
     affine[:3, :3] = exp_symmetric(log_stretch)
     affine[:3, 3] = centre - affine[:3, :3] @ centre
-    u = Lattice(torch.as_tensor(left, dtype=torch.float32), torch.tensor(lattice.step_mm))
-    return FieldMap(affine, unfolded(u, affine, SMALLEST_JACOBIAN)[0].values.numpy(), lattice.step_mm)
+    return unfolded_map(FieldMap(affine, left, lattice.step_mm))
 
 
-def inverse_map(forward: FieldMap) -> FieldMap:
-    """The inverse of a map of the template to itself, on the same lattice."""
+def inverse_map(forward: FieldMap, onto: FieldMap, moving_to_fixed: Affine) -> FieldMap:
+    """The inverse of a map, as `pipeline.algorithms.inverse` has it, on the lattice of `onto`.
+
+    Args:
+        moving_to_fixed: [4, 4], of the frames of the two images; the identity for a map of the template to itself.
+
+    Raises:
+        NotInvertedError: when the map folds.
+    """
+    from pipeline.algorithms.inverse import invert
+
+    affine, found = invert(_lattice(forward), forward.affine, _lattice(onto), moving_to_fixed)
+    return FieldMap(affine, found.values.numpy(), onto.step_mm)
+
+
+def _lattice(found: FieldMap) -> Lattice:
     import torch
 
-    from pipeline.algorithms.inverse import invert
     from pipeline.algorithms.lattice import Lattice
 
-    step = torch.tensor(forward.step_mm)
-    u = Lattice(torch.as_tensor(forward.values, dtype=torch.float32), step)
-    affine, found = invert(u, forward.affine, Lattice(torch.zeros_like(u.values), step), np.eye(4))
-    return FieldMap(affine, found.values.numpy(), forward.step_mm)
+    return Lattice(torch.as_tensor(found.values, dtype=torch.float32), torch.tensor(found.step_mm))
 
 
 def exp_symmetric(matrix: Array) -> Array:

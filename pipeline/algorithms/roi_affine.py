@@ -15,7 +15,7 @@ from pipeline.algorithms.fit_config import FitConfig
 from pipeline.algorithms.roi_fields import Points, RoiFields
 
 _FEWEST_FOR_AFFINE = 3
-_TOGETHER = 1000  # points per slice of a fit, which are plenty for an affine
+_TOGETHER = 4000  # points of a fit, which are plenty for an affine
 _NO_LINEAR_PART_MM = 1e6
 
 

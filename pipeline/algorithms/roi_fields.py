@@ -20,6 +20,7 @@ Triple: TypeAlias = tuple[int, int, int]
 Spacing: TypeAlias = tuple[float, float, float]
 T = TypeVar("T")
 
+MARGIN = 12.0  # h0 around each ROI that its maps reach
 _SLICES = 16  # of a volume count when its points are limited
 _PER_FIT = 64  # points of a fit are a multiple of it: how a function rounds at the end of an array may differ
 
@@ -89,6 +90,20 @@ class Points:
 
 
 @dataclass(frozen=True)
+class Strays:
+    """Samples of one ROI away from its fixed boundary, see `pipeline.algorithms.stray_points`.
+
+    Attributes:
+        x: [S, 3] fixed-local mm. fixed: [S] signed distance to the fixed ROI, mm; -inf where its map does not reach.
+        voxels: that each stands for.
+    """
+
+    x: npt.NDArray[np.float32]
+    fixed: npt.NDArray[np.float32]
+    voxels: float
+
+
+@dataclass(frozen=True)
 class RoiFields:
     """The distance maps of the K ROI pairs of B fits, one fit after the other.
 
@@ -123,14 +138,27 @@ class RoiFields:
     slab: Tensor
     flat: bool
 
-    def points(self, distance: float, stride: int, limit: int, together: int = sys.maxsize) -> Points:
-        """Voxels within a distance, in h0, of their fixed boundary, on every `stride`-th row and column.
+    def points(
+        self,
+        distance: float,
+        stride: int,
+        limit: int,
+        together: int = sys.maxsize,
+        strays: Sequence[Strays | None] = (),
+    ) -> Points:
+        """Voxels within a distance, in h0, of their fixed boundary, on every `stride`-th row and column, and `strays`.
 
         A ROI with more than about `limit` of them per slice, of `_SLICES` slices at most, is sampled more coarsely, and
-        so is each of many ROIs that would have more than about `together` of them per slice.
+        so is each of the many ROIs of a fit that would have more than about `together` of them.
         """
-        limits = [min(limit, together // n) for n in self.size for _ in range(n)]
+        slices = [min(len(distances), _SLICES) for distances in self.fixed]
+        limits = [min(limit, together // sum(members)) for members in self.split(slices) for _ in members]
         found = [self._near(k, distance, stride, max(each, 1)) for k, each in enumerate(limits)]
+        for k, stray in enumerate(strays):
+            if stray is not None:
+                x, fixed, share = found[k]
+                more = np.full(len(stray.x), stray.voxels, np.float32)
+                found[k] = np.concatenate([x, stray.x]), np.append(fixed, stray.fixed), np.append(share, more)
         count = []
         for members in self.split(range(len(found))):
             total = sum(len(found[k][1]) for k in members)
@@ -155,11 +183,9 @@ class RoiFields:
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Position [P, 3] mm, signed distance mm and voxels stood for of the points of a ROI."""
         map_mm, reach = self.fixed[k], np.float32(distance * self.unit_mm[k])
+        excess = fit_loops.count_near(map_mm, stride, reach) / (limit * min(len(map_mm), _SLICES))
+        stride *= max(1, int(np.ceil(np.sqrt(excess))))
         place, fixed = fit_loops.near(map_mm, stride, reach)
-        excess = len(fixed) / (limit * min(len(map_mm), _SLICES))
-        if excess > 1:
-            stride *= int(np.ceil(np.sqrt(excess)))
-            place, fixed = fit_loops.near(map_mm, stride, reach)
         return (place + self.corner[k]) * self.spacing_mm[k], fixed, np.full(len(fixed), stride**2, np.float32)
 
     def only(self, fits: Sequence[int]) -> RoiFields:
@@ -247,18 +273,16 @@ class RoiFields:
         return top + fy * (bottom - top), bottom - top, (b - a) + fy * (d - c - b + a)
 
 
-def build(
-    problems: Sequence[Problem], device: str | torch.device, confidence_power: float, margin: float = 12.0
-) -> RoiFields:
-    """Distance maps and points of all pairs; `margin` (in h0) is how far around each ROI the fits can see."""
+def build(problems: Sequence[Problem], device: str | torch.device, confidence_power: float) -> RoiFields:
+    """Distance maps of all pairs."""
     fixed, corner, moving, dims, origin, here, there, pairs = ([] for _ in range(8))
     for problem in problems:
         linear, shift = problem.moving_to_fixed[:3, :3], problem.moving_to_fixed[:3, 3]
         for pair in problem.pairs:
-            pad = _margin(problem.spacing_mm, margin * problem.h0, pair.fixed.mask.shape[0] == 1)
+            pad = _margin(problem.spacing_mm, MARGIN * problem.h0, pair.fixed.mask.shape[0] == 1)
             fixed.append(signed_distance(pair.fixed.mask, problem.spacing_mm, pad))
             corner.append(np.subtract(pair.fixed.offset, pad))
-            pad = _margin(problem.moving_spacing_mm, margin * problem.h0, pair.moving.mask.shape[0] == 1)
+            pad = _margin(problem.moving_spacing_mm, MARGIN * problem.h0, pair.moving.mask.shape[0] == 1)
             moving.append(signed_distance(pair.moving.mask, problem.moving_spacing_mm, pad))
             dims.append(moving[-1].shape)
             origin.append(np.subtract(pair.moving.offset, pad))

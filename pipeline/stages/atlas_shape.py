@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from actors.input_config import InputConfig
 from pipeline.algorithms import template
-from pipeline.algorithms.mean_shape import FieldMap, Mask, node_lattice, without_pose
+from pipeline.algorithms.mean_shape import FieldMap, Mask, between, node_lattice, without_pose
 from pipeline.algorithms.warp import Array
 from pipeline.atlas_folder import IterationFolder
 from pipeline.dispatch import Task
@@ -18,6 +19,8 @@ from storage.cohort import Subject
 from storage.geometry import Geometry
 from storage.images import Image, read_image, read_labels
 from storage.transforms import read_transform, stored_field
+
+_FORGOTTEN = 1  # iterations at the start whose maps are not averaged
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,23 @@ class Place:
         """Grid of a subject, or of the template."""
         return self.folder.study.store.geometry(subject or self.template)
 
-    def fitted(self, unit: AtlasUnit) -> FieldMap:
-        """Template to subject, as it was fitted."""
-        stored = read_transform(self.folder.study.transform(unit.pair))
-        return FieldMap(*stored_field(stored, self.grid(), self.grid(unit.unit)))
+    def mapped(self, unit: AtlasUnit) -> FieldMap:
+        """Template to subject: the mean of the fits of all iterations from the second on, each carried along since.
+
+        The template that the first registers to is but another subject. Of the others every fit has ROIs of its own,
+        and so errors of its own, which the mean has less of.
+
+        Raises:
+            ValueError: for a fit that mirrors or flattens.
+        """
+        fitted = self._stored(self.folder.study.transform(unit.pair), unit)
+        before = self.folder.before().composed("transforms", unit.unit)
+        if self.folder.number <= _FORGOTTEN + 1 or not before.exists():  # or it has just come in
+            return fitted
+        return between(self._stored(before, unit), fitted, 1 / (self.folder.number - _FORGOTTEN))
+
+    def _stored(self, path: Path, unit: AtlasUnit) -> FieldMap:
+        return FieldMap(*stored_field(read_transform(path), self.grid(), self.grid(unit.unit)))
 
 
 @dataclass(frozen=True)
@@ -102,7 +118,7 @@ def run_unit(place: Place, lattice: FieldMap, inside: Mask, unit: AtlasUnit) -> 
         ValueError: for a map that mirrors or flattens.
     """
     points = lattice.nodes()
-    log_stretch, left = without_pose(points, place.fitted(unit).at(points), inside)
+    log_stretch, left = without_pose(points, place.mapped(unit).at(points), inside)
     place.folder.put("left", unit.index, left.T.reshape(lattice.values.shape).astype(np.float32))
     if not unit.subject.label:
         return Shape(log_stretch, ())

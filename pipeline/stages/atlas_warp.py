@@ -15,9 +15,17 @@ import numpy as np
 
 from pipeline.algorithms import template
 from pipeline.algorithms.label_votes import label_shares
-from pipeline.algorithms.mean_shape import FieldMap, Mask, exp_symmetric, without_pose
+from pipeline.algorithms.mean_shape import (
+    FieldMap,
+    Mask,
+    exp_symmetric,
+    inverse_map,
+    node_lattice,
+    unfolded_map,
+    without_pose,
+)
 from pipeline.algorithms.metrics import log_jacobian
-from pipeline.algorithms.warp import Array, apply_affine, moving_indices, warp_image
+from pipeline.algorithms.warp import Array, moving_indices, warp_image
 from pipeline.atlas_folder import read_map
 from pipeline.dispatch import Task
 from pipeline.stages.atlas_shape import AtlasUnit, Place, grey, nodes_of
@@ -64,8 +72,8 @@ def run_unit(place: Place, means: Means, labels: Sequence[int], unit: AtlasUnit)
         ImageError: for an image or labels that cannot be used.
         ValueError: when nothing of the image lies in the template.
     """
-    fitted = place.fitted(unit)
-    _write_composed(place, means, fitted, unit)
+    found = place.mapped(unit)
+    _write_composed(place, means, found, unit)
     here, there = place.grid(), place.grid(unit.unit)
     ddf = make_ddf(read_transform(place.folder.composed("transforms", unit.unit)), here, there)
     indices = moving_indices(ddf, here.spacing_mm, moving_to_fixed(here, there), there.spacing_mm)
@@ -79,36 +87,32 @@ def run_unit(place: Place, means: Means, labels: Sequence[int], unit: AtlasUnit)
         shares = label_shares(read_labels(unit.subject.label, there), labels, indices)
         place.folder.put("shares", unit.index, shares)
     return {
-        "shape_distance": _distance(means, fitted),
+        "shape_distance": _distance(means, found),
         "log_jacobian": float(logarithm[np.isfinite(image)].mean()),
     }
 
 
-def _write_composed(place: Place, means: Means, fitted: FieldMap, unit: AtlasUnit) -> None:
+def _write_composed(place: Place, means: Means, found: FieldMap, unit: AtlasUnit) -> None:
     """Write corrected template -> subject and subject -> corrected template."""
     here, there = place.grid(), place.grid(unit.unit)
     names = unit.unit, place.template
-    y = fitted.nodes()
-    onto = fitted.on_nodes(fitted.affine @ means.back.affine, fitted.at(means.back.at(y)))
+    moved = found.at(means.back.at(found.nodes()))
+    onto = unfolded_map(found.on_nodes(found.affine @ means.back.affine, moved))
     signature = {"pair": unit.pair, "moving": names[0], "fixed": names[1], "iteration": place.folder.number}
     path = place.folder.composed("transforms", unit.unit)
     write_transform(path, onto.affine, onto.values, onto.step_mm, here, signature, there)
 
-    stored = read_transform(place.folder.study.output("inverses", unit.pair))
-    inverse = FieldMap(*stored_field(stored, there, here))
-    frame = moving_to_fixed(there, here)
-    into = np.asarray(np.linalg.inv(frame), np.float64)
-    carried = apply_affine(frame, means.forward.at(apply_affine(into, inverse.at(inverse.nodes()))))
-    back = inverse.on_nodes(frame @ means.forward.affine @ into @ inverse.affine, carried)
+    onto = FieldMap(*stored_field(read_transform(path), here, there))
+    back = inverse_map(onto, node_lattice(there.shape, there.spacing_mm), moving_to_fixed(here, there))
     path = place.folder.composed("inverses", unit.unit)
     exchanged = {**signature, "moving": names[1], "fixed": names[0]}
     write_transform(path, back.affine, back.values, back.step_mm, there, exchanged, here)
 
 
-def _distance(means: Means, fitted: FieldMap) -> float:
+def _distance(means: Means, found: FieldMap) -> float:
     """Root mean square distance of a subject's shape from the mean shape over the foreground."""
     x = means.points[means.inside]
-    log_stretch, left = without_pose(x, fitted.at(x), np.ones(len(x), dtype=bool))
+    log_stretch, left = without_pose(x, found.at(x), np.ones(len(x), dtype=bool))
     shape = (x - x.mean(axis=0)) @ exp_symmetric(log_stretch) + left
     mean = means.forward.at(x)
     gap = shape - (mean - mean.mean(axis=0))
