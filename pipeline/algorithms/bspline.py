@@ -95,15 +95,12 @@ def control_counts(nodes: Shape, ratio: Sequence[float]) -> Shape:
     return z, y, x
 
 
-def solve(
-    grid: ControlGrid, gradient: Tensor, curvature: Tensor, smooth: Tensor, lumped: bool, iterations: int = 4
-) -> Tensor:
+def solve(grid: ControlGrid, votes: Tensor, smooth: Tensor, lumped: bool, iterations: int = 4) -> Tensor:
     """Preconditioned conjugate gradients for (H + smooth L) d = -B' g.
 
     Args:
         grid: of the update; B expands its coefficients to the lattice.
-        gradient: [B, 3, nz, ny, nx] g at the nodes.
-        curvature: [B, 6, nz, ny, nx] symmetric 3x3 blocks (zz, zy, zx, yy, yx, xx) at the nodes.
+        votes: [B, 9, nz, ny, nx] at the nodes: g, and symmetric 3x3 blocks of curvature (zz, zy, zx, yy, yx, xx).
         smooth: [B], weight of the graph Laplacian L.
         lumped: H is the row sums of B' curvature B, an upper bound that makes short, smooth steps; else B' curvature B.
         iterations: of the conjugate gradients.
@@ -112,8 +109,8 @@ def solve(
         [B, 3, ...control] coefficients.
     """
     if not lumped:
-        return _solve_exact(grid, gradient, curvature, smooth, iterations)
-    collected = grid.collect(torch.cat([gradient, curvature], 1))
+        return _solve_exact(grid, votes[:, :3], votes[:, 3:], smooth, iterations)
+    collected = grid.collect(votes)
     return _solve_lumped(grid, collected[:, :3], collected[:, 3:], smooth, iterations)
 
 
@@ -135,7 +132,7 @@ def _solve_lumped(grid: ControlGrid, gradient: Tensor, blocks: Tensor, smooth: T
 
 def _solve_exact(grid: ControlGrid, gradient: Tensor, curvature: Tensor, smooth: Tensor, iterations: int) -> Tensor:
     if runs_compiled(gradient):
-        arrays = (t.numpy() for t in (gradient, curvature, grid.ratio, grid.spacing_mm, smooth))
+        arrays = (t.contiguous().numpy() for t in (gradient, curvature, grid.ratio, grid.spacing_mm, smooth))
         return torch.from_numpy(fit_solver.solve(*arrays, tuple(grid.eigenvalues.shape[1:]), iterations))
     gradient = grid.collect(gradient)
     trace = grid.collect(curvature[:, [0, 3, 5]])

@@ -174,11 +174,10 @@ def votes(x, y, distance, slope, fixed, tau, weight, anchor, centre_z, fit, matr
 
     x, y, distance, slope: see `carry` and `sample`. fixed: [P] distance to the fixed boundary. tau: [P]. weight: [P].
     anchor, centre_z: [P] weight and height of the pull of slabs to their slice. Lengths in mm.
-    Returns [B, 3, nz, ny, nx] and [B, 6, nz, ny, nx], the latter zz, zy, zx, yy, yx, xx.
+    Returns [B, 9, nz, ny, nx]: the gradient z, y, x and the curvature zz, zy, zx, yy, yx, xx.
     """
     one, four = np.float32(1), np.float32(4)
-    gradient = np.zeros((len(matrix), 3, nz, ny, nx), np.float32)
-    curvature = np.zeros((len(matrix), 6, nz, ny, nx), np.float32)
+    found = np.zeros((len(matrix), 9, nz, ny, nx), np.float32)
     for p in range(len(y)):
         b, w, pull = fit[p], weight[p], anchor[p]
         m = matrix[b]
@@ -195,16 +194,16 @@ def votes(x, y, distance, slope, fixed, tau, weight, anchor, centre_z, fit, matr
         k = int(min(max(np.rint(x[p, 0] / step[b, 0]), 0), nz - 1))
         j = int(min(max(np.rint(x[p, 1] / step[b, 1]), 0), ny - 1))
         i = int(min(max(np.rint(x[p, 2] / step[b, 2]), 0), nx - 1))
-        gradient[b, 0, k, j, i] += sz * residual + az * offset
-        gradient[b, 1, k, j, i] += sy * residual + ay * offset
-        gradient[b, 2, k, j, i] += sx * residual + ax * offset
-        curvature[b, 0, k, j, i] += w * sz * sz + az * m[0, 0]
-        curvature[b, 1, k, j, i] += w * sz * sy + az * m[0, 1]
-        curvature[b, 2, k, j, i] += w * sz * sx + az * m[0, 2]
-        curvature[b, 3, k, j, i] += w * sy * sy + ay * m[0, 1]
-        curvature[b, 4, k, j, i] += w * sy * sx + ay * m[0, 2]
-        curvature[b, 5, k, j, i] += w * sx * sx + ax * m[0, 2]
-    return gradient, curvature
+        found[b, 0, k, j, i] += sz * residual + az * offset
+        found[b, 1, k, j, i] += sy * residual + ay * offset
+        found[b, 2, k, j, i] += sx * residual + ax * offset
+        found[b, 3, k, j, i] += w * sz * sz + az * m[0, 0]
+        found[b, 4, k, j, i] += w * sz * sy + az * m[0, 1]
+        found[b, 5, k, j, i] += w * sz * sx + az * m[0, 2]
+        found[b, 6, k, j, i] += w * sy * sy + ay * m[0, 1]
+        found[b, 7, k, j, i] += w * sy * sx + ay * m[0, 2]
+        found[b, 8, k, j, i] += w * sx * sx + ax * m[0, 2]
+    return found
 
 
 @compiled

@@ -173,8 +173,8 @@ def _fit_level(
     limit = config.step * grid.spacing_mm[:, :, None, None, None]
     moving = torch.ones(len(u.values), dtype=torch.bool, device=matrix.device)
     for _ in range(level.iterations):
-        gradient, curvature = _votes(rois, points, matrix, u, grid, tau, weight, config.slice_weight)
-        d = solve(grid, gradient, curvature, level.smoothness * config.smoothness * rois.h0**2, level.lumped)
+        votes = _votes(rois, points, matrix, u, grid, tau, weight, config.slice_weight)
+        d = solve(grid, votes, level.smoothness * config.smoothness * rois.h0**2, level.lumped)
         delta = grid.expand(torch.maximum(torch.minimum(d, limit), -limit))
         u = _guarded_step(u, delta, matrix, moving, config.diffeomorphic)
         moving = moving & (delta.abs().flatten(1).amax(1) >= config.settled * rois.h0)
@@ -192,16 +192,14 @@ def _votes(
     tau: Tensor,
     weight: Tensor,
     slice_weight: float,
-) -> tuple[Tensor, Tensor]:
-    """Gradient [B, 3, nz, ny, nx] and curvature [B, 6, ...] of half the weighted squared residuals, at the nodes."""
+) -> Tensor:
+    """Gradient and curvature of half the weighted squared residuals at the nodes, see `fit_loops.votes`."""
     y = _transform(matrix, u, points)
     if runs_compiled(y):
         distance, slope = rois.sample(points, y)
         anchor, centre_z = rois.slab[points.roi] * slice_weight * weight, rois.moving_centroid[points.roi, 0]
         arrays = (points.x, y, distance, slope, points.fixed, tau, weight, anchor, centre_z, points.fit, matrix)
-        found = fit_loops.votes(*(t.numpy() for t in (*arrays, u.step_mm)), *u.values.shape[2:])
-        gradient, curvature = (torch.from_numpy(values) for values in found)
-        return gradient, curvature
+        return torch.from_numpy(fit_loops.votes(*(t.numpy() for t in (*arrays, u.step_mm)), *u.values.shape[2:]))
     linear = matrix[points.fit, :3, :3]
     across = linear[:, 0]
     rows, cols = torch.triu_indices(3, 3)
@@ -211,8 +209,7 @@ def _votes(
     gain = slope * (residual * weight)[:, None] + across * (offset * anchor)[:, None]
     curvature = slope[:, rows] * slope[:, cols] * weight[:, None]
     curvature = curvature + anchor[:, None] * (across[:, rows] * across[:, cols])
-    dense = grid.scatter(u.nearest(points.fit, points.x), torch.cat([gain, curvature], 1))
-    return dense[:, :3], dense[:, 3:]
+    return grid.scatter(u.nearest(points.fit, points.x), torch.cat([gain, curvature], 1))
 
 
 def _guarded_step(u: Lattices, delta: Tensor, matrix: Tensor, moving: Tensor, everywhere: bool) -> Lattices:

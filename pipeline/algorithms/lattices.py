@@ -159,11 +159,14 @@ def _sample_line(values: Tensor, shift: Tensor) -> Tensor:
 def separable(values: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     """Multiply [B, c, z, y, x] along z, y and x by [B or 1, new, old] matrices; [1, 1] ones are left out.
 
-    One product for each fit, so that the rounding of a fit does not depend on the batch.
+    No product spans fits, so that the rounding of a fit does not depend on the batch.
     """
-    for matrix in reversed(matrices):
-        if matrix.shape[1:] != (1, 1):
-            product_ = torch.bmm(values.flatten(1, 3), matrix.mT.expand(len(values), -1, -1))
-            values = product_.reshape(*values.shape[:-1], matrix.shape[1])
-        values = values.movedim(-1, 2)
+    along_z, along_y, along_x = matrices
+    if along_x.shape[1:] != (1, 1):
+        product_ = torch.bmm(values.flatten(1, 3), along_x.mT.expand(len(values), -1, -1))
+        values = product_.reshape(*values.shape[:-1], -1)
+    if along_y.shape[1:] != (1, 1):
+        values = along_y[:, None, None] @ values
+    if along_z.shape[1:] != (1, 1):
+        values = (along_z[:, None] @ values.flatten(3)).reshape(*values.shape[:2], -1, *values.shape[3:])
     return values.contiguous()
