@@ -57,7 +57,7 @@ DEFAULT_LEVELS = (
     Level(2, 5.0, 1.2, 4, 2),
     Level(2, 4.0, 1.5, 4, 1, False, TRUSTED, below=0.95, below_flat=0.98, smoothness=0.4, points_per_roi=250),
     Level(2, 2.0, 0.8, 6, 1, False, TRUSTED, below=0.95, below_flat=0.98, smoothness=0.4, points_per_roi=250),
-    Level(1, 1.0, 0.5, 14, 1, False, TRUSTED, below=0.9, below_flat=0.98, smoothness=0.1, points_per_roi=4000),
+    Level(1, 1.0, 0.5, 10, 1, False, TRUSTED, below=0.9, below_flat=0.98, smoothness=0.1, points_per_roi=4000),
 )
 
 
