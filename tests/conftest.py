@@ -7,6 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """As workers compute; threads of torch wait long for each other where another process has one of the cores."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

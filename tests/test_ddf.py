@@ -249,6 +249,15 @@ def test_voxels_away_from_the_boundary_that_differ_are_counted() -> None:
     assert only_fixed[0] == pytest.approx((fixed & ~moving & away).sum(), rel=0.2)
 
 
+def test_other_slices_say_nothing_of_a_roi_of_one_slice() -> None:
+    shift = np.eye(4)
+    shift[0, 3] = SPACING[0]
+    problem = Problem([RoiPair(crop(mask), crop(mask)) for mask in discs(3)], SHAPE, SPACING, SPACING, shift)
+    rois = roi_fields.build([problem], "cpu", 1.0)
+    only_moved, _ = differing(rois, [problem], torch.eye(4)[None], gauss_newton.still([problem], "cpu"), 2.0)
+    assert not only_moved.any()
+
+
 def test_eq10_comes_closer_to_the_rois_also_without_levels() -> None:
     pairs = crosses()
     start = mean_dice(pairs, FitConfig(levels=()))

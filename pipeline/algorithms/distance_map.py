@@ -25,23 +25,27 @@ def signed_distance(
     """
     flat = mask.shape[0] == 1
     half = np.float32(0.5 * min(spacing_mm[1:] if flat else spacing_mm))
-    edge = (0 if flat else 1, 1, 1)
-    steps = np.array(spacing_mm, np.float32)
-    outside: npt.NDArray[np.float32] = half - _distance(_padded(mask, margin), steps)
-    inside = _distance(~_padded(mask, edge), steps)[_without(edge)] - half
-    np.copyto(outside[_without(margin)], inside, where=mask)
-    return outside
+    found: npt.NDArray[np.float32] = _signed(mask, np.array(spacing_mm, np.float32), margin, half)
+    return found
 
 
-def _padded(mask: npt.NDArray[np.bool_], margin: tuple[int, int, int]) -> npt.NDArray[np.bool_]:
-    """np.pad, which takes longer than the distances of a small mask."""
-    padded = np.zeros([n + 2 * m for n, m in zip(mask.shape, margin, strict=True)], bool)
-    padded[_without(margin)] = mask
-    return padded
-
-
-def _without(margin: tuple[int, int, int]) -> tuple[slice, ...]:
-    return tuple(slice(m, -m or None) for m in margin)
+@compiled
+def _signed(mask, steps, margin, half):
+    depth, height, width = mask.shape
+    z, y, x = margin
+    padded = np.zeros((depth + 2 * z, height + 2 * y, width + 2 * x), np.bool_)
+    padded[z : z + depth, y : y + height, x : x + width] = mask
+    found = half - _distance(padded, steps)
+    edge = 1 if depth > 1 else 0  # beyond it all is outside; of one slice, in plane only
+    hollow = np.ones((depth + 2 * edge, height + 2, width + 2), np.bool_)
+    hollow[edge : edge + depth, 1 : 1 + height, 1 : 1 + width] = ~mask
+    inside = _distance(hollow, steps)
+    for k in range(depth):
+        for j in range(height):
+            for i in range(width):
+                if mask[k, j, i]:
+                    found[k + z, j + y, i + x] = inside[k + edge, j + 1, i + 1] - half
+    return found
 
 
 @compiled

@@ -52,8 +52,32 @@ def carry(x, fit, matrix, values, step):
 
 
 @compiled
-def count_near(distance, stride, reach):
-    """How many of `near` there are."""
+def near(distance, corner, spacing, stride, reach, most):
+    """Voxels of a map [d, h, w] within a reach of zero, on every `stride`-th row and column; fewer if above `most`.
+
+    corner: [3] index of the first voxel. spacing: [3] mm. Returns positions [P, 3] mm, values [P] and the stride taken.
+    """
+    count = _count_near(distance, stride, reach)
+    if count > most:
+        stride *= int(np.ceil(np.sqrt(count / most)))
+        count = _count_near(distance, stride, reach)
+    x, value = np.empty((count, 3), np.float32), np.empty(count, np.float32)
+    depth, height, width = distance.shape
+    p = 0
+    for k in range(depth):
+        for j in range(0, height, stride):
+            for i in range(0, width, stride):
+                if abs(distance[k, j, i]) < reach:
+                    x[p, 0] = (k + corner[0]) * spacing[0]
+                    x[p, 1] = (j + corner[1]) * spacing[1]
+                    x[p, 2] = (i + corner[2]) * spacing[2]
+                    value[p] = distance[k, j, i]
+                    p += 1
+    return x, value, stride
+
+
+@compiled
+def _count_near(distance, stride, reach):
     depth, height, width = distance.shape
     count = 0
     for k in range(depth):
@@ -65,33 +89,19 @@ def count_near(distance, stride, reach):
 
 
 @compiled
-def near(distance, stride, reach):
-    """Indices [P, 3] and values [P] of a map [d, h, w] within a reach of zero, on every `stride`-th row and column."""
-    depth, height, width = distance.shape
-    count = count_near(distance, stride, reach)
-    place, value = np.empty((count, 3), np.int64), np.empty(count, np.float32)
-    p = 0
-    for k in range(depth):
-        for j in range(0, height, stride):
-            for i in range(0, width, stride):
-                if abs(distance[k, j, i]) < reach:
-                    place[p, 0], place[p, 1], place[p, 2] = k, j, i
-                    value[p] = distance[k, j, i]
-                    p += 1
-    return place, value
-
-
-@compiled
 def unlike(place, index, fixed, corner, moving, origin, band, reach):
     """Points where a moved ROI may differ from the fixed one, `band` mm from the fixed boundary or more.
 
     place, index: [P, 3] fixed voxels and where they fall in the moving grid. fixed, moving: maps [d, h, w] from
-    `corner` and `origin` on; beyond them nothing of a ROI is near. reach: mm from the moved boundary that count, too.
+    `corner` and `origin` on; beyond them nothing of a ROI is near, and of a ROI of one slice no other is known. reach:
+    mm from the moved boundary that count, too.
     Returns which [S], and their distance to the fixed ROI, -inf where its map ends.
     """
     chosen, distance = np.empty(len(place), np.int64), np.empty(len(place), np.float32)
     count = 0
     for p in range(len(place)):
+        if len(fixed) == 1 and place[p, 0] != corner[0]:
+            continue
         here = _looked_up(fixed, place[p, 0] - corner[0], place[p, 1] - corner[1], place[p, 2] - corner[2])
         if abs(here) < band:
             continue

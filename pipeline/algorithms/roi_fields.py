@@ -180,13 +180,12 @@ class RoiFields:
 
     def _near(
         self, k: int, distance: float, stride: int, limit: int
-    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Position [P, 3] mm, signed distance mm and voxels stood for of the points of a ROI."""
         map_mm, reach = self.fixed[k], np.float32(distance * self.unit_mm[k])
-        excess = fit_loops.count_near(map_mm, stride, reach) / (limit * min(len(map_mm), _SLICES))
-        stride *= max(1, int(np.ceil(np.sqrt(excess))))
-        place, fixed = fit_loops.near(map_mm, stride, reach)
-        return (place + self.corner[k]) * self.spacing_mm[k], fixed, np.full(len(fixed), stride**2, np.float32)
+        most = limit * min(len(map_mm), _SLICES)
+        x, fixed, stride = fit_loops.near(map_mm, self.corner[k], self.spacing_mm[k], stride, reach, most)
+        return x, fixed, np.full(len(fixed), stride**2, np.float32)
 
     def only(self, fits: Sequence[int]) -> RoiFields:
         """The ROIs of some of the fits, in the order given."""

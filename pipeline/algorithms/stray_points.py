@@ -85,10 +85,8 @@ def _sampled(
         place, x, index = places[b]
         distances = moving[base[k] : base[k] + np.prod(dims[k])].reshape(dims[k])
         limits = (np.float32(length * problems[b].h0) for length in (band, reach))
-        chosen_here, fixed = fit_loops.unlike(
-            place, index, rois.fixed[k], rois.corner[k], distances, origin[k], *limits
-        )
-        found.append(Strays(x[chosen_here], fixed, float(np.prod(strides[b]))))
+        which, fixed = fit_loops.unlike(place, index, rois.fixed[k], rois.corner[k], distances, origin[k], *limits)
+        found.append(Strays(x[which], fixed, float(np.prod(strides[b]))))
     return found
 
 
