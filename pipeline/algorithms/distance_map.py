@@ -25,7 +25,7 @@ def signed_distance(
     """
     flat = mask.shape[0] == 1
     half = np.float32(0.5 * min(spacing_mm[1:] if flat else spacing_mm))
-    found: npt.NDArray[np.float32] = _signed(mask, np.array(spacing_mm, np.float32), margin, half)
+    found: npt.NDArray[np.float32] = _signed(np.ascontiguousarray(mask), np.array(spacing_mm, np.float32), margin, half)
     return found
 
 

@@ -52,6 +52,22 @@ def carry(x, fit, matrix, values, step):
 
 
 @compiled
+def centre(mask):
+    """Mean index [3] of the voxels of a mask [d, h, w], and their number."""
+    total, count = np.zeros(3), 0
+    depth, height, width = mask.shape
+    for k in range(depth):
+        for j in range(height):
+            for i in range(width):
+                if mask[k, j, i]:
+                    total[0] += k
+                    total[1] += j
+                    total[2] += i
+                    count += 1
+    return total / count, count
+
+
+@compiled
 def near(distance, corner, spacing, stride, reach, most):
     """Voxels of a map [d, h, w] within a reach of zero, on every `stride`-th row and column; fewer if above `most`.
 
@@ -138,8 +154,12 @@ def affine_votes(basis, residual, slope, weight, fit, fits):
         row[12] = residual[p]
         for c in range(12):
             factor = weight[p] * row[c]
-            for a in range(13):
+            for a in range(c, 13):
                 found[fit[p], c, a] += factor * row[a]
+    for b in range(fits):
+        for c in range(12):
+            for a in range(c):
+                found[b, c, a] = found[b, a, c]
     return found
 
 

@@ -333,4 +333,4 @@ def _margin(spacing_mm: tuple[float, float, float], margin_mm: float, slab: bool
 
 
 def _centroid(roi: Roi, spacing_mm: tuple[float, float, float]) -> npt.NDArray[np.float64]:
-    return np.asarray((np.argwhere(roi.mask).mean(0) + roi.offset) * np.asarray(spacing_mm))
+    return np.asarray((fit_loops.centre(np.ascontiguousarray(roi.mask))[0] + roi.offset) * np.asarray(spacing_mm))
