@@ -150,13 +150,13 @@ def _cost(study: Path, method: str, rows: Mapping[str, Row]) -> tuple[str, str]:
     if method != REFINED:
         peaks = [row["peak_memory_bytes"] for row in rows.values() if row.get("peak_memory_bytes")]
         return _mean(rows, "processor_seconds", ".2f"), f"{max(peaks) / MIB:.0f}" if peaks else "–"
-    runs = tables.read_table(study, "runs").to_pylist()
-    present = {run["run"] for run in runs if run["config_digest"] == runs[-1]["config_digest"]}
-    units = [row for row in tables.read_table(study, "units").to_pylist() if row["run"] in present]
+    made_by = {run["run"]: run["config_digest"] for run in tables.read_table(study, "runs").to_pylist()}
+    done = [row for row in tables.read_table(study, "units").to_pylist() if not row["failed"]]
+    newest = {row["stage"]: made_by[row["run"]] for row in sorted(done, key=lambda row: row["run"])}
+    units = [row for row in done if made_by[row["run"]] == newest[row["stage"]]]  # stages that went on are not repeated
     seconds: Counter[str] = Counter()
     for row in units:
-        if not row["failed"]:
-            seconds[row["stage"]] += row["processor_seconds"]
+        seconds[row["stage"]] += row["processor_seconds"]
     of_pairs = seconds["match"] + seconds["fit"]
     peak = max(row["peak_memory_bytes"] or 0 for row in units)
     return f"{of_pairs / len(rows):.2f} ({sum(seconds.values()) / len(rows):.2f})", f"{peak / MIB:.0f}"

@@ -61,13 +61,14 @@ def test_few_or_equal_pairs_are_not_tested() -> None:
     assert won == "7 of 8"
 
 
-def test_processor_time_is_that_of_every_run_of_the_present_configuration(tmp_path: Path) -> None:
-    """A resumed study names its units alike in both runs."""
+def test_processor_time_is_that_of_every_run_of_the_newest_configuration_that_a_stage_ran_in(tmp_path: Path) -> None:
+    """A resumed study names its units alike in both runs; what a new configuration leaves took its time before."""
     runs = [{"run": name, "stage": "fit", "config_digest": digest} for name, digest in (("a", "old"), *NOW)]
     units = [
         {"run": run, "stage": stage, "unit": "0000-0000.000", "processor_seconds": seconds, "failed": failed}
         for run, stage, seconds, failed in (
             ("a", "fit", 100.0, False),
+            ("a", "prototypes", 4.0, False),
             ("b", "encode", 3.0, False),
             ("b", "fit", 6.0, False),
             ("b", "fit", 50.0, True),
@@ -76,7 +77,7 @@ def test_processor_time_is_that_of_every_run_of_the_present_configuration(tmp_pa
     ]
     tables.write_part(tmp_path, "runs", "all", tables.table_from_rows("runs", runs))
     tables.write_part(tmp_path, "units", "all", tables.table_from_rows("units", units))
-    assert results_page._cost(tmp_path, "samreg refined", {str(n): {} for n in range(4)})[0] == "2.00 (2.75)"
+    assert results_page._cost(tmp_path, "samreg refined", {str(n): {} for n in range(4)})[0] == "2.00 (3.75)"
 
 
 def test_the_cost_of_matching_names_its_source(tmp_path: Path) -> None:
