@@ -7,6 +7,7 @@ of `submit` also 3: the job was stopped, killed or lost.
 from __future__ import annotations
 
 import functools
+import io
 import json
 import logging
 import os
@@ -287,6 +288,9 @@ def main() -> None:
     """Entry point of the command."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a name that the terminal cannot show ends no study
     handler = logging.StreamHandler()
     handler.setFormatter(RedactingFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)

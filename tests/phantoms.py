@@ -78,8 +78,9 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a samreg process: this checkout importable from any folder, one thread."""
-    return {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    """The environment of a samreg process: this checkout importable from any folder, one thread, any locale."""
+    own = {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONIOENCODING": "utf-8"}
+    return {**os.environ, **own}
 
 
 def samreg(*arguments: str | Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:

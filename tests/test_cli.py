@@ -79,6 +79,17 @@ def _modules_loaded(*arguments: str) -> set[str]:
     return {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
 
 
+def test_a_terminal_that_cannot_show_every_letter_ends_no_command(tmp_path: Path) -> None:
+    command = phantoms.command("demo", "--out", tmp_path, "--subjects", "2", "--depth", "2", "--size", "48")
+    environment = {**phantoms.environment(), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [*command, "--set", "execution.executor=serial"], env=environment, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"subject-01__subject-02" in done.stdout
+    assert done.stdout.isascii()
+
+
 def test_a_failure_gives_exit_code_one(cohort: Path, tmp_path: Path) -> None:
     pairs = phantoms.write_csv(
         tmp_path / "pairs.csv", [{"moving": "a", "fixed": "b"}, {"moving": "ghost", "fixed": "b"}]
