@@ -144,16 +144,18 @@ class RoiFields:
         stride: int,
         limit: int,
         together: int = sys.maxsize,
+        fewest: int = 1,
         strays: Sequence[Strays | None] = (),
     ) -> Points:
         """Voxels within a distance, in h0, of their fixed boundary, on every `stride`-th row and column, and `strays`.
 
         A ROI with more than about `limit` of them per slice, of `_SLICES` slices at most, is sampled more coarsely, and
-        so is each of the many ROIs of a fit that would have more than about `together` of them.
+        so is each of the many ROIs of a fit that would have more than about `together` of them, down to `fewest` of
+        each per slice.
         """
         slices = [min(len(distances), _SLICES) for distances in self.fixed]
-        limits = [min(limit, together // sum(members)) for members in self.split(slices) for _ in members]
-        found = [self._near(k, distance, stride, max(each, 1)) for k, each in enumerate(limits)]
+        limits = [min(limit, max(together // sum(members), fewest)) for members in self.split(slices) for _ in members]
+        found = [self._near(k, distance, stride, each) for k, each in enumerate(limits)]
         for k, stray in enumerate(strays):
             if stray is not None:
                 x, fixed, share = found[k]
