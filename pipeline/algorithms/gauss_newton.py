@@ -99,7 +99,7 @@ def fit_levels(
         limit = level.points_per_roi or config.points_per_roi
         band = min(3 * level.tau + 1, MARGIN - 1)
         away = strays(rois, members, matrix, u, band, level.points) if surest >= TRUSTED else ()
-        points = rois.points(band, level.points, limit, _TOGETHER * limit, limit // 4, away)
+        points = rois.points(band, level.points, limit, _TOGETHER * limit, max(1, limit // 4), away)
         weights = (rois.confidence >= level.trust) * _reweighted(rois, points, matrix, u, level.tau, config.robust)
         left = Fitted(left.members, _fit_level(rois, points, weights, matrix, u, level, room.controls, config), level)
     return [*done, left]
