@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
 
 from pipeline.algorithms import bspline, gauss_newton, lattices, roi_affine, roi_fields
@@ -61,6 +62,38 @@ def test_distance_maps_are_exact(shape: tuple[int, int, int], spacing: tuple[flo
     inside, outside = (ndimage.distance_transform_edt(side, spacing) for side in (padded, ~padded))
     expected = np.where(padded, inside - half, half - outside)
     np.testing.assert_allclose(signed_distance(mask, spacing, margin), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("reach", [1, 3, 12])
+@pytest.mark.parametrize("shape", [(3, 1, 40, 25), (2, 7, 16, 9)])
+def test_steps_are_damped_around_the_same_nodes_with_torch(
+    shape: tuple[int, ...], reach: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = torch.from_numpy(np.random.default_rng(0).random(shape) < 0.01)
+    compiled = gauss_newton._softened(bad, reach)
+    assert compiled[bad].min() > 0.99
+    monkeypatch.setattr(gauss_newton, "runs_compiled", lambda values: False)
+    torch.testing.assert_close(compiled, gauss_newton._softened(bad, reach), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("confidence", [0.7, 1.0])
+def test_pictures_move_in_plane_as_a_volume_of_one_slice_does(
+    confidence: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = balls(0, FLAT, confidence)
+    assert problem.in_plane
+    picture = fit_ddfs([problem], FitConfig())[0]
+    monkeypatch.setattr(Problem, "in_plane", False)
+    np.testing.assert_allclose(picture.ddf, fit_ddfs([problem], FitConfig())[0].ddf, atol=0.02)
+    assert not picture.ddf[0].any()
+
+
+def test_slices_of_a_volume_move_to_their_slice() -> None:
+    """A fixed image of one slice, matched with ROIs of two slices of a volume, is no picture."""
+    problem = balls(0, FLAT, 0.9)
+    pairs = [RoiPair(p.fixed, Roi(p.moving.mask, (k % 2, 0, 0)), 0.9) for k, p in enumerate(problem.pairs)]
+    assert not Problem(pairs, *FLAT, FLAT[1], np.eye(4)).in_plane
+    assert not Problem(problem.pairs, *FLAT, FLAT[1], np.eye(4)[[1, 0, 2, 3]]).in_plane
 
 
 def test_only_fits_that_still_differ_take_the_finest_levels() -> None:

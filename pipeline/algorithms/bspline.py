@@ -16,6 +16,8 @@ from pipeline.algorithms import fit_solver
 from pipeline.algorithms.compiled import runs_compiled
 from pipeline.algorithms.lattices import Lattices, Shape, separable
 
+_DIAGONAL = {6: [0, 3, 5], 3: [0, 2]}  # of symmetric blocks of so many entries
+
 
 @dataclass(frozen=True)
 class ControlGrid:
@@ -100,23 +102,25 @@ def solve(grid: ControlGrid, votes: Tensor, smooth: Tensor, lumped: bool, iterat
 
     Args:
         grid: of the update; B expands its coefficients to the lattice.
-        votes: [B, 9, nz, ny, nx] at the nodes: g, and symmetric 3x3 blocks of curvature (zz, zy, zx, yy, yx, xx).
+        votes: [B, 9, nz, ny, nx] at the nodes: g, and symmetric 3x3 blocks of curvature (zz, zy, zx, yy, yx, xx); or
+            [B, 5, nz, ny, nx] without z.
         smooth: [B], weight of the graph Laplacian L.
         lumped: H is the row sums of B' curvature B, an upper bound that makes short, smooth steps; else B' curvature B.
         iterations: of the conjugate gradients.
 
     Returns:
-        [B, 3, ...control] coefficients.
+        [B, 3 or 2, ...control] coefficients.
     """
+    parts = 3 if votes.shape[1] == 9 else 2
     if not lumped:
-        return _solve_exact(grid, votes[:, :3], votes[:, 3:], smooth, iterations)
+        return _solve_exact(grid, votes[:, :parts], votes[:, parts:], smooth, iterations)
     collected = grid.collect(votes)
-    return _solve_lumped(grid, collected[:, :3], collected[:, 3:], smooth, iterations)
+    return _solve_lumped(grid, collected[:, :parts], collected[:, parts:], smooth, iterations)
 
 
 def _solve_lumped(grid: ControlGrid, gradient: Tensor, blocks: Tensor, smooth: Tensor, iterations: int) -> Tensor:
     """In the modes of L, where L and the preconditioner, the exact solution for a constant H, are diagonal."""
-    trace = blocks[:, [0, 3, 5]]
+    trace = blocks[:, _DIAGONAL[blocks.shape[1]]]
     floor = _floor(trace)
     mean = trace.flatten(2).mean(2) + floor[:, None]
     stiffness = _per_fit(smooth) * grid.eigenvalues[:, None]
@@ -135,7 +139,7 @@ def _solve_exact(grid: ControlGrid, gradient: Tensor, curvature: Tensor, smooth:
         arrays = (t.contiguous().numpy() for t in (gradient, curvature, grid.ratio, grid.spacing_mm, smooth))
         return torch.from_numpy(fit_solver.solve(*arrays, tuple(grid.eigenvalues.shape[1:]), iterations))
     gradient = grid.collect(gradient)
-    trace = grid.collect(curvature[:, [0, 3, 5]])
+    trace = grid.collect(curvature[:, _DIAGONAL[curvature.shape[1]]])
     floor = _floor(trace)
     inverse = 1 / (trace + _per_fit(6 * smooth + floor))
 
@@ -163,7 +167,11 @@ def _conjugate_gradients(operator: Callable[[Tensor], Tensor], inverse: Tensor, 
 
 
 def _times(blocks: Tensor, d: Tensor) -> Tensor:
-    """Symmetric 3x3 blocks [B, 6, ...] times vectors [B, 3, ...]."""
+    """Symmetric 3x3 blocks [B, 6, ...] times vectors [B, 3, ...], or 2x2 [B, 3, ...] times [B, 2, ...]."""
+    if d.shape[1] == 2:
+        yy, yx, xx = blocks.unbind(1)
+        y, x = d.unbind(1)
+        return torch.stack([yy * y + yx * x, yx * y + xx * x], 1)
     zz, zy, zx, yy, yx, xx = blocks.unbind(1)
     z, y, x = d.unbind(1)
     return torch.stack([zz * z + zy * y + zx * x, zy * z + yy * y + yx * x, zx * z + yx * y + xx * x], 1)

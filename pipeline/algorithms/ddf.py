@@ -209,9 +209,12 @@ def _identity(problem: Problem) -> FitResult:
 
 def _dense(u: Lattice, affine: Affine, problem: Problem) -> npt.NDArray[np.float32]:
     """The field on every voxel, [3, D, H, W] mm."""
-    full = u.resampled(_voxels(problem, u.values.device))
-    matrix = torch.as_tensor(affine, dtype=torch.float32, device=u.values.device)
-    x = full.points()
-    shift = torch.einsum("ij,j...->i...", matrix[:3, :3] - torch.eye(3, device=x.device), x)
-    ddf: npt.NDArray[np.float32] = (full.values + shift + matrix[:3, 3, None, None, None]).cpu().numpy()
+    full = u.resampled(_voxels(problem, u.values.device)).values
+    matrix = torch.as_tensor(affine, dtype=torch.float32, device=full.device)
+    change = matrix[:3, :3] - torch.eye(3, device=full.device)
+    for axis, (n, step) in enumerate(zip(problem.shape, problem.spacing_mm, strict=True)):
+        shift = change[:, axis, None] * (step * torch.arange(n, device=full.device))
+        full += shift.reshape(3, *(n if k == axis else 1 for k in range(3)))
+    full += matrix[:3, 3, None, None, None]
+    ddf: npt.NDArray[np.float32] = full.cpu().numpy()
     return ddf

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from pipeline.algorithms.compiled import compiled
 
 _NONE = np.float32(1e30)  # squared distance where a line meets no voxel of the mask
+_BLOCK = 256
 
 
 def signed_distance(
@@ -33,63 +34,70 @@ def signed_distance(
 def _signed(mask, steps, margin, half):
     depth, height, width = mask.shape
     z, y, x = margin
-    padded = np.zeros((depth + 2 * z, height + 2 * y, width + 2 * x), np.bool_)
-    padded[z : z + depth, y : y + height, x : x + width] = mask
-    found = half - _distance(padded, steps)
+    found = _distance(mask, steps, margin)
+    flat = found.reshape(-1)
+    for i in range(len(flat)):
+        flat[i] = half - np.sqrt(flat[i])
     edge = 1 if depth > 1 else 0  # beyond it all is outside; of one slice, in plane only
     hollow = np.ones((depth + 2 * edge, height + 2, width + 2), np.bool_)
     hollow[edge : edge + depth, 1 : 1 + height, 1 : 1 + width] = ~mask
-    inside = _distance(hollow, steps)
+    inside = _distance(hollow, steps, (0, 0, 0))
     for k in range(depth):
         for j in range(height):
             for i in range(width):
                 if mask[k, j, i]:
-                    found[k + z, j + y, i + x] = inside[k + edge, j + 1, i + 1] - half
+                    found[k + z, j + y, i + x] = np.sqrt(inside[k + edge, j + 1, i + 1]) - half
     return found
 
 
 @compiled
-def _distance(mask, steps):
-    """Distance [D, H, W] of every voxel to the nearest one of the mask, which holds some."""
-    nz, ny, nx = mask.shape
-    planes, rows = np.zeros(nz, np.bool_), np.zeros(ny, np.bool_)
-    for k in range(nz):
-        for j in range(ny):
-            held = mask[k, j].any()
+def _distance(mask, steps, margin):
+    """Squared distance of every voxel to the nearest one of the mask, which holds some: [d + 2 z, h + 2 y, w + 2 x]."""
+    depth, height, width = mask.shape
+    nz, ny, nx = depth + 2 * margin[0], height + 2 * margin[1], width + 2 * margin[2]
+    planes, rows = np.zeros(depth, np.bool_), np.zeros(height, np.bool_)
+    in_row, in_plane = np.empty((height, depth, nx), np.float32), np.empty((ny, depth, nx), np.float32)
+    for k in range(depth):
+        for j in range(height):
+            held = _along_row(mask[k, j], margin[2], steps[2], in_row[j, k])
             planes[k] |= held
             rows[j] |= held
-    first = np.argmax(planes)
-    planes = planes[first : nz - np.argmax(planes[::-1])].copy()
-    h = len(planes)
-    in_row, in_plane = np.empty((ny, h, nx), np.float32), np.empty((ny, h, nx), np.float32)
-    for k in range(h):
+    _spread(in_row.reshape(height, depth * nx), rows, margin[1], steps[1], in_plane.reshape(ny, depth * nx))
+    slices = np.empty((depth, ny, nx), np.float32)
+    for k in range(depth):
         for j in range(ny):
-            _along_row(mask[first + k, j], steps[2], in_row[j, k])
-    _spread(in_row.reshape(ny, h * nx), rows, 0, steps[1], in_plane.reshape(ny, h * nx))
-    slices = np.empty((h, ny, nx), np.float32)
-    for k in range(h):
-        for j in range(ny):
-            slices[k, j] = in_plane[j, k]
+            for i in range(nx):
+                slices[k, j, i] = in_plane[j, k, i]
     found = np.empty((nz, ny, nx), np.float32)
-    _spread(slices.reshape(h, ny * nx), planes, first, steps[0], found.reshape(nz, ny * nx))
-    flat = found.reshape(-1)
-    for i in range(len(flat)):
-        flat[i] = np.sqrt(flat[i])
+    _spread(slices.reshape(depth, ny * nx), planes, margin[0], steps[0], found.reshape(nz, ny * nx))
     return found
 
 
 @compiled
-def _along_row(mask, step, found):
-    """Squared distance of each voxel of a row to the nearest one of the mask in the row."""
-    away = _NONE
-    for i in range(len(mask)):
-        away = np.float32(0) if mask[i] else away + step
+def _along_row(mask, margin, step, found):
+    """Squared distance of each voxel of a row to the nearest one of the mask in the row; whether that holds any."""
+    first, last = 0, len(mask) - 1
+    while first <= last and not mask[first]:
+        first += 1
+    if first > last:
+        found[:] = _NONE
+        return False
+    while not mask[last]:
+        last -= 1
+    first, last = margin + first, margin + last
+    for i in range(first):
+        found[i] = (step * np.float32(first - i)) ** 2
+    for i in range(last + 1, len(found)):
+        found[i] = (step * np.float32(i - last)) ** 2
+    away = 0
+    for i in range(first, last + 1):
+        away = 0 if mask[i - margin] else away + 1
         found[i] = away
-    away = _NONE
-    for i in range(len(mask) - 1, -1, -1):
-        away = np.float32(0) if mask[i] else away + step
-        nearest = min(found[i], away)
-        found[i] = nearest * nearest if nearest < _NONE else _NONE
+    away = 0
+    for i in range(last, first - 1, -1):
+        away = 0 if mask[i - margin] else away + 1
+        found[i] = (step * min(np.float32(away), found[i])) ** 2
+    return True
 
 
 @compiled
@@ -125,8 +133,11 @@ def _lower(values, others, added):
 
 @compiled
 def _exceeds(values, limit):
-    """Whether any is above a limit: counted, because a search is not vectorised."""
-    count = 0
-    for i in range(len(values)):
-        count += values[i] > limit
-    return count > 0
+    """Whether any is above a limit: counted by blocks, because a search is not vectorised."""
+    for start in range(0, len(values), _BLOCK):
+        count = 0
+        for value in values[start : start + _BLOCK]:
+            count += value > limit
+        if count:
+            return True
+    return False

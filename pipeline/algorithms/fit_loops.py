@@ -27,9 +27,11 @@ def _linear(grid, k, up, fz, j, down, fy, i, right, fx):
     """Linear interpolation of a grid [nz, ny, nx] between two nodes along each axis."""
     a = grid[k, j, i] + fx * (grid[k, j, right] - grid[k, j, i])
     b = grid[k, down, i] + fx * (grid[k, down, right] - grid[k, down, i])
+    a += fy * (b - a)
+    if up == k:
+        return a
     c = grid[up, j, i] + fx * (grid[up, j, right] - grid[up, j, i])
     d = grid[up, down, i] + fx * (grid[up, down, right] - grid[up, down, i])
-    a += fy * (b - a)
     c += fy * (d - c)
     return a + fz * (c - a)
 
@@ -199,15 +201,16 @@ def sample(y, roi, fit, to_index, maps, base, dims, origin):
 
 
 @compiled
-def votes(x, y, distance, slope, fixed, tau, weight, anchor, centre_z, fit, matrix, step, nz, ny, nx):
+def votes(x, y, distance, slope, fixed, tau, weight, anchor, centre_z, fit, matrix, step, nz, ny, nx, parts):
     """Gradient and curvature of half the points' weighted squared residuals, each summed at the point's nearest node.
 
     x, y, distance, slope: see `carry` and `sample`. fixed: [P] distance to the fixed boundary. tau: [P]. weight: [P].
     anchor, centre_z: [P] weight and height of the pull of slabs to their slice. Lengths in mm.
-    Returns [B, 9, nz, ny, nx]: the gradient z, y, x and the curvature zz, zy, zx, yy, yx, xx.
+    Returns [B, 9, nz, ny, nx]: the gradient z, y, x and the curvature zz, zy, zx, yy, yx, xx; of two `parts`, the
+    displacements along y and x alone, [B, 5, nz, ny, nx].
     """
     one, four = np.float32(1), np.float32(4)
-    found = np.zeros((len(matrix), 9, nz, ny, nx), np.float32)
+    found = np.zeros((len(matrix), 9 if parts == 3 else 5, nz, ny, nx), np.float32)
     for p in range(len(y)):
         b, w, pull = fit[p], weight[p], anchor[p]
         m = matrix[b]
@@ -224,6 +227,13 @@ def votes(x, y, distance, slope, fixed, tau, weight, anchor, centre_z, fit, matr
         k = int(min(max(np.rint(x[p, 0] / step[b, 0]), 0), nz - 1))
         j = int(min(max(np.rint(x[p, 1] / step[b, 1]), 0), ny - 1))
         i = int(min(max(np.rint(x[p, 2] / step[b, 2]), 0), nx - 1))
+        if parts == 2:
+            found[b, 0, k, j, i] += sy * residual + ay * offset
+            found[b, 1, k, j, i] += sx * residual + ax * offset
+            found[b, 2, k, j, i] += w * sy * sy + ay * m[0, 1]
+            found[b, 3, k, j, i] += w * sy * sx + ay * m[0, 2]
+            found[b, 4, k, j, i] += w * sx * sx + ax * m[0, 2]
+            continue
         found[b, 0, k, j, i] += sz * residual + az * offset
         found[b, 1, k, j, i] += sy * residual + ay * offset
         found[b, 2, k, j, i] += sx * residual + ax * offset
@@ -288,3 +298,58 @@ def determinants(values, matrix, step):
                     c2 += (v2[k, j, i1] - v2[k, j, i0]) * rx
                     found[b, k, j, i] = a0 * (b1 * c2 - b2 * c1) - a1 * (b0 * c2 - b2 * c0) + a2 * (b0 * c1 - b1 * c0)
     return found
+
+
+@compiled
+def softened(marked, reach):
+    """One within `reach` nodes of a marked node [B, nz, ny, nx], falling to zero over as many more.
+
+    Along each axis the largest within twice the reach, then the mean within it, the border continued.
+    """
+    near = marked.astype(np.float32)
+    inner = near.size // len(near)
+    for axis in range(1, 4):
+        n = marked.shape[axis]
+        inner //= n
+        if n > 1:
+            for line in near.reshape(-1, n, inner):
+                _average(_largest(line, 2 * reach), reach, line)
+    return near
+
+
+@compiled
+def _largest(rows, reach):
+    """Of each of the rows [n, m] and those within a reach, the largest, element by element; values of 0 or more."""
+    n, m = rows.shape
+    now, following = np.zeros((n + 2 * reach, m), np.float32), np.zeros((n + 2 * reach, m), np.float32)
+    now[reach : reach + n] = rows
+    width = 1  # of the windows from each row on
+    while 2 * width <= 2 * reach + 1:
+        _larger(now[:-width].reshape(-1), now[width:].reshape(-1), following[:-width].reshape(-1))
+        now, following = following, now
+        width *= 2
+    last = 2 * reach + 1 - width
+    found = np.empty_like(rows)
+    _larger(now[:n].reshape(-1), now[last : last + n].reshape(-1), found.reshape(-1))
+    return found
+
+
+@compiled
+def _larger(a, b, out):
+    """np.maximum, because max is not vectorised."""
+    for i in range(len(out)):
+        out[i] = np.maximum(a[i], b[i])
+
+
+@compiled
+def _average(rows, reach, out):
+    """The mean of each of the rows [n, m] and those within a reach, the first and the last one continued."""
+    n, m = rows.shape
+    total = (reach + np.float32(1)) * rows[0]
+    for p in range(1, reach + 1):
+        total += rows[min(p, n - 1)]
+    for p in range(n):
+        following, leaving = rows[min(p + reach + 1, n - 1)], rows[max(p - reach, 0)]
+        for i in range(m):
+            out[p, i] = total[i] / np.float32(2 * reach + 1)
+            total[i] += following[i] - leaving[i]

@@ -101,10 +101,16 @@ def _stiffen(d, weight, floor, out):
 
 @compiled
 def _multiply(curvature, v):
-    """Symmetric 3x3 blocks [6, nz, ny, nx] times vectors [3, nz, ny, nx], in place."""
-    _, nz, ny, nx = v.shape
+    """Symmetric blocks [6 or 3, nz, ny, nx] times vectors [3 or 2, nz, ny, nx], in place."""
+    parts, nz, ny, nx = v.shape
     for k in range(nz):
         for j in range(ny):
+            if parts == 2:
+                for i in range(nx):
+                    b, c, yx = v[0, k, j, i], v[1, k, j, i], curvature[1, k, j, i]
+                    v[0, k, j, i] = curvature[0, k, j, i] * b + yx * c
+                    v[1, k, j, i] = yx * b + curvature[2, k, j, i] * c
+                continue
             for i in range(nx):
                 a, b, c = v[0, k, j, i], v[1, k, j, i], v[2, k, j, i]
                 zy, zx, yx = curvature[1, k, j, i], curvature[2, k, j, i], curvature[4, k, j, i]
@@ -115,14 +121,11 @@ def _multiply(curvature, v):
 
 @compiled
 def _diagonal(curvature, nodes):
-    """The diagonals zz, yy, xx of symmetric 3x3 blocks [6, nz, ny, nx], in `nodes` [3, nz, ny, nx]."""
-    _, nz, ny, nx = nodes.shape
-    for k in range(nz):
-        for j in range(ny):
-            for i in range(nx):
-                nodes[0, k, j, i] = curvature[0, k, j, i]
-                nodes[1, k, j, i] = curvature[3, k, j, i]
-                nodes[2, k, j, i] = curvature[5, k, j, i]
+    """The diagonals of symmetric blocks [6 or 3, nz, ny, nx], in `nodes` [3 or 2, nz, ny, nx]."""
+    entry = 0
+    for c in range(len(nodes)):
+        nodes[c] = curvature[entry]
+        entry += len(nodes) - c
 
 
 @compiled
@@ -156,18 +159,19 @@ def _advance(d, r, p, ap, inverse, rz):
 
 @compiled
 def solve(gradient, curvature, ratio, spacing, smooth, counts, iterations):
-    """Preconditioned conjugate gradients for (B' C B + smooth L) d = -B' g: coefficients [fits, 3, *counts].
+    """Preconditioned conjugate gradients for (B' C B + smooth L) d = -B' g: coefficients [fits, parts, *counts].
 
-    gradient: [fits, 3, nz, ny, nx] g and curvature: [fits, 6, nz, ny, nx] C (zz, zy, zx, yy, yx, xx) at the nodes.
+    gradient: [fits, 3, nz, ny, nx] g and curvature: [fits, 6, nz, ny, nx] C (zz, zy, zx, yy, yx, xx) at the nodes; of
+    two parts, y and x, [fits, 2, ...] and [fits, 3, ...].
     ratio: [fits, 3] lattice step over control spacing. spacing: [fits, 3] of the control points. smooth: [fits].
     """
-    fits, _, nz, ny, nx = gradient.shape
+    fits, parts, nz, ny, nx = gradient.shape
     cz, cy, cx = counts
-    found = np.zeros((fits, 3, cz, cy, cx), np.float32)
-    nodes = np.empty((3, nz, ny, nx), np.float32)
+    found = np.zeros((fits, parts, cz, cy, cx), np.float32)
+    nodes = np.empty((parts, nz, ny, nx), np.float32)
     along_x, along_y = np.empty((cz, cy, nx), np.float32), np.empty((cz, ny, nx), np.float32)
-    r, p = np.empty((3, cz, cy, cx), np.float32), np.empty((3, cz, cy, cx), np.float32)
-    ap, inverse = np.empty((3, cz, cy, cx), np.float32), np.empty((3, cz, cy, cx), np.float32)
+    r, p = np.empty((parts, cz, cy, cx), np.float32), np.empty((parts, cz, cy, cx), np.float32)
+    ap, inverse = np.empty((parts, cz, cy, cx), np.float32), np.empty((parts, cz, cy, cx), np.float32)
     firsts, weights = np.zeros((3, max(nz, ny, nx)), np.int64), np.zeros((3, max(nz, ny, nx), _REACH), np.float32)
     stiffness = np.empty(3, np.float32)
     for b in range(fits):

@@ -31,10 +31,14 @@ _REACHES = (1, 2, 3, 4, 6, 8, 12)
 
 @dataclass(frozen=True)
 class Room:
-    """Nodes and control points of a level, rounded up so that fits of nearly the same size have the same."""
+    """Nodes and control points of a level, rounded up so that fits of nearly the same size have the same.
+
+    `parts` of the displacement change: those along y and x, or all three.
+    """
 
     nodes: Shape
     controls: Shape
+    parts: int
 
 
 Plan: TypeAlias = tuple[tuple[Level, Room], ...]
@@ -50,7 +54,8 @@ def _room(problem: Problem, level: Level) -> Room:
     counts, step_mm = node_counts(problem.shape, problem.spacing_mm, level.stride, problem.h0)
     nodes = _rounded(counts)
     gaps = [max(level.control * problem.h0, step) for step in step_mm]
-    return Room(nodes, _rounded(control_counts(nodes, [s / g for s, g in zip(step_mm, gaps, strict=True)])))
+    controls = control_counts(nodes, [s / g for s, g in zip(step_mm, gaps, strict=True)])
+    return Room(nodes, _rounded(controls), 2 if problem.in_plane else 3)
 
 
 def _rounded(counts: Shape) -> Shape:
@@ -101,7 +106,7 @@ def fit_levels(
         away = strays(rois, members, matrix, u, band, level.points) if surest >= TRUSTED else ()
         points = rois.points(band, level.points, limit, _TOGETHER * limit, max(1, limit // 4), away)
         weights = (rois.confidence >= level.trust) * _reweighted(rois, points, matrix, u, level.tau, config.robust)
-        left = Fitted(left.members, _fit_level(rois, points, weights, matrix, u, level, room.controls, config), level)
+        left = Fitted(left.members, _fit_level(rois, points, weights, matrix, u, level, room, config), level)
     return [*done, left]
 
 
@@ -171,20 +176,21 @@ def _fit_level(
     matrix: Tensor,
     u: Lattices,
     level: Level,
-    controls: Shape,
+    room: Room,
     config: FitConfig,
 ) -> Lattices:
     """Gauss-Newton steps of one level; returns the refined fields on the same lattices."""
-    grid = ControlGrid.over(u, level.control * rois.h0, controls)
+    grid = ControlGrid.over(u, level.control * rois.h0, room.controls)
     tau = level.tau * rois.h0[points.fit]
     weight = weights[points.roi] * points.share
-    limit = config.step * grid.spacing_mm[:, :, None, None, None]
+    limit = config.step * grid.spacing_mm[:, -room.parts :, None, None, None]
     moving = torch.ones(len(u.values), dtype=torch.bool, device=matrix.device)
     determinants = jacobian(u, matrix)
     for _ in range(level.iterations):
-        votes = _votes(rois, points, matrix, u, grid, tau, weight, config.slice_weight)
+        votes = _votes(rois, points, matrix, u, grid, tau, weight, config.slice_weight, room.parts)
         d = solve(grid, votes, level.smoothness * config.smoothness * rois.h0**2, level.lumped)
         delta = grid.expand(torch.maximum(torch.minimum(d, limit), -limit))
+        delta = pad(delta, (*(0,) * 6, 3 - room.parts, 0))
         u, determinants = _guarded_step(u, determinants, delta, matrix, moving, config.diffeomorphic)
         moving = moving & (delta.abs().flatten(1).amax(1) >= config.settled * rois.h0)
         if not bool(moving.any()):
@@ -201,6 +207,7 @@ def _votes(
     tau: Tensor,
     weight: Tensor,
     slice_weight: float,
+    parts: int,
 ) -> Tensor:
     """Gradient and curvature of half the weighted squared residuals at the nodes, see `fit_loops.votes`."""
     y = _transform(matrix, u, points)
@@ -208,10 +215,10 @@ def _votes(
         distance, slope = rois.sample(points, y)
         anchor, centre_z = rois.slab[points.roi] * slice_weight * weight, rois.moving_centroid[points.roi, 0]
         arrays = (points.x, y, distance, slope, points.fixed, tau, weight, anchor, centre_z, points.fit, matrix)
-        return torch.from_numpy(fit_loops.votes(*(t.numpy() for t in (*arrays, u.step_mm)), *u.values.shape[2:]))
-    linear = matrix[points.fit, :3, :3]
+        return torch.from_numpy(fit_loops.votes(*(t.numpy() for t in (*arrays, u.step_mm)), *u.values.shape[2:], parts))
+    linear = matrix[points.fit, :3, 3 - parts : 3]
     across = linear[:, 0]
-    rows, cols = torch.triu_indices(3, 3)
+    rows, cols = torch.triu_indices(parts, parts)
     residual, gradient, _ = rois.residual(points, y, tau)
     slope = (gradient[:, None] @ linear)[:, 0]
     offset, anchor = rois.slice_anchor(points, y, slice_weight * weight)
@@ -263,6 +270,8 @@ def _with(values: Tensor, chosen: Tensor, rows: Tensor) -> Tensor:
 
 def _softened(bad: Tensor, reach: int) -> Tensor:
     """One within `reach` nodes of a marked node, falling to zero over as many more: [B, nz, ny, nx]."""
+    if runs_compiled(bad):
+        return torch.from_numpy(fit_loops.softened(bad.numpy(), reach))
     near = bad.float()
     for axis, n in enumerate(bad.shape[1:]):
         if n > 1:

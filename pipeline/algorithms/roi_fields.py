@@ -70,6 +70,14 @@ class Problem:
         """Smallest fixed spacing, the unit of the fit's lengths; of one slice, the smallest in plane."""
         return min(self.spacing_mm[1:]) if self.shape[0] == 1 else min(self.spacing_mm)
 
+    @property
+    def in_plane(self) -> bool:
+        """Whether the ROIs lie in one slice of each image, parallel to one another: nothing moves along z."""
+        if self.shape[0] > 1 or self.moving_to_fixed[0, 1:3].any() or self.moving_to_fixed[1:3, 0].any():
+            return False
+        slices = {(pair.moving.offset[0], pair.moving.mask.shape[0]) for pair in self.pairs}
+        return len(slices) == 1 and slices.pop()[1] == 1
+
 
 @dataclass(frozen=True)
 class Points:
