@@ -28,10 +28,10 @@ import torch
 from dense_adam import DenseConfig, Field, Masks, fit_dense
 from scipy import ndimage
 
-from pipeline.algorithms import metrics, roi_fields, warp
+from pipeline.algorithms import fit_problem, metrics, warp
 from pipeline.algorithms.ddf import fit_ddf, fit_ddfs
 from pipeline.algorithms.fit_config import FitConfig
-from pipeline.algorithms.roi_fields import Roi, RoiPair
+from pipeline.algorithms.fit_problem import Roi, RoiPair
 from pipeline.config import load_config
 from storage.geometry import moving_to_fixed
 from storage.images import read_image, read_labels
@@ -216,7 +216,7 @@ def batched(count: int, config: FitConfig) -> str:
     return f"{count} pairs of 96 to 124 pixels, K 6: {alone:.1f} ms, {together:.1f} ms, {alone / together:.1f}x"
 
 
-def plane(side: int, count: int, seed: int) -> roi_fields.Problem:
+def plane(side: int, count: int, seed: int) -> fit_problem.Problem:
     """The middle slice of a phantom's regions, which two dimensions fit alone."""
     rng = np.random.default_rng(seed)
     grid = np.indices((side, side)).astype(np.float32)
@@ -226,7 +226,7 @@ def plane(side: int, count: int, seed: int) -> roi_fields.Problem:
         sides = [(((grid - c[:, None, None]) / radii[:, None, None]) ** 2).sum(0) < 1 for c in (center, center + shift)]
         rois.append(RoiPair(*(crop(mask[None]) for mask in sides), 0.9))
     unit = (1.0, 1.0, 1.0)
-    return roi_fields.Problem(rois, (1, side, side), unit, unit, np.eye(4))
+    return fit_problem.Problem(rois, (1, side, side), unit, unit, np.eye(4))
 
 
 def main() -> None:

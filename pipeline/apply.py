@@ -33,7 +33,7 @@ from storage.sources import suffix
 from storage.transforms import Array, Transform, from_itk, read_transform, to_itk
 
 if TYPE_CHECKING:  # this loads torch
-    from pipeline.algorithms.roi_fields import Roi
+    from pipeline.algorithms.fit_problem import Roi
 
 KINDS = ("image", "labels", "landmarks", "moving_landmarks", "rois")
 _CLOSE = 1e-3  # of the distance between nodes, within which a point counts as found

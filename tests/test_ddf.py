@@ -14,7 +14,7 @@ from pipeline.algorithms import gauss_newton, metrics, roi_fields, warp
 from pipeline.algorithms.ddf import FitConfig, FitResult, fit_ddf, fit_ddfs
 from pipeline.algorithms.distance_map import signed_distance
 from pipeline.algorithms.fit_config import DEFAULT_LEVELS, Eq10Config
-from pipeline.algorithms.roi_fields import Problem, Roi, RoiPair
+from pipeline.algorithms.fit_problem import Problem, Roi, RoiPair
 from pipeline.algorithms.stray_points import differing
 
 SHAPE = (8, 72, 80)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.algorithms.ddf import FitResult
+from pipeline.algorithms.fit_problem import Problem, Roi, RoiPair
 from pipeline.algorithms.pseudo_rois import (
     INSIDE,
     SAME,
@@ -16,7 +17,6 @@ from pipeline.algorithms.pseudo_rois import (
     overlaps,
     summarise,
 )
-from pipeline.algorithms.roi_fields import Problem, Roi, RoiPair
 from pipeline.algorithms.roi_overlap import carry
 from pipeline.algorithms.warp import affine_ddf
 

@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 
 from pipeline.algorithms import metrics, warp
-from pipeline.algorithms.roi_fields import Roi, RoiPair
+from pipeline.algorithms.fit_problem import Roi, RoiPair
 from pipeline.algorithms.roi_overlap import carry, near_rois, roi_dice
 
 SHAPE, SPACING = (6, 70, 80), (4.0, 1.0, 1.0)

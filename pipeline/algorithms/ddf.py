@@ -30,12 +30,13 @@ from pipeline.algorithms.affine import Affine
 from pipeline.algorithms.eq10 import polish
 from pipeline.algorithms.fit_box import Box, cropped, uncropped
 from pipeline.algorithms.fit_config import FitConfig, Level
+from pipeline.algorithms.fit_problem import Problem, RoiPair
 from pipeline.algorithms.gauss_newton import Fitted, Plan, fit_levels, plan_levels, soft_dice, still
 from pipeline.algorithms.lattice import Lattice
 from pipeline.algorithms.lattices import Lattices, Shape, Spacing, node_counts
 from pipeline.algorithms.regularity import SMALLEST_JACOBIAN, orientation_preserving, unfolded
 from pipeline.algorithms.roi_affine import fit_affines, simpler_map
-from pipeline.algorithms.roi_fields import Problem, RoiFields, RoiPair
+from pipeline.algorithms.roi_fields import RoiFields
 
 _LOSS = 0.01  # of mean soft Dice, that local displacements may cost
 _APART = 0.05  # soft Dice below which a pair does not meet

@@ -13,9 +13,9 @@ from torch.nn.functional import pad
 
 from pipeline.algorithms.affine import Affine
 from pipeline.algorithms.fit_config import Level
+from pipeline.algorithms.fit_problem import Problem, Roi
 from pipeline.algorithms.lattice import Lattice
 from pipeline.algorithms.lattices import Shape, node_counts
-from pipeline.algorithms.roi_fields import Problem, Roi
 
 _SEEN = 16.0  # h0
 

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool1d, max_pool1d, pad
+from torch.nn.functional import pad
 
 from pipeline.algorithms import fit_loops
 from pipeline.algorithms.bspline import ControlGrid, control_counts, solve
 from pipeline.algorithms.compiled import runs_compiled
+from pipeline.algorithms.damping import guarded_step
 from pipeline.algorithms.fit_config import TRUSTED, FitConfig, Level
-from pipeline.algorithms.lattice import Lattice
-from pipeline.algorithms.lattices import Lattices, Shape, compose, jacobian, node_counts, resample
-from pipeline.algorithms.regularity import SMALLEST_JACOBIAN, stays_above
+from pipeline.algorithms.fit_problem import Problem
+from pipeline.algorithms.lattices import Lattices, Shape, jacobian, node_counts, resample
 from pipeline.algorithms.roi_affine import affine_map
-from pipeline.algorithms.roi_fields import MARGIN, Points, Problem, RoiFields
+from pipeline.algorithms.roi_fields import MARGIN, Points, RoiFields
 from pipeline.algorithms.stray_points import differing, strays
 
-_ROUNDING = 1e-4  # of a determinant
 _TOGETHER = 320  # ROIs of one slice that have all their points; one of many slices counts for up to 16
 _BAND = 6.0  # h0 around the fixed boundary where masks are compared
 _BAND_POINTS = 300
-_REACHES = (1, 2, 3, 4, 6, 8, 12)
 
 
 @dataclass(frozen=True)
@@ -191,7 +189,7 @@ def _fit_level(
         d = solve(grid, votes, level.smoothness * config.smoothness * rois.h0**2, level.lumped)
         delta = grid.expand(torch.maximum(torch.minimum(d, limit), -limit))
         delta = pad(delta, (*(0,) * 6, 3 - room.parts, 0))
-        u, determinants = _guarded_step(u, determinants, delta, matrix, moving, config.diffeomorphic)
+        u, determinants = guarded_step(u, determinants, delta, matrix, moving, config.diffeomorphic)
         moving = moving & (delta.abs().flatten(1).amax(1) >= config.settled * rois.h0)
         if not bool(moving.any()):
             break
@@ -226,71 +224,3 @@ def _votes(
     curvature = slope[:, rows] * slope[:, cols] * weight[:, None]
     curvature = curvature + anchor[:, None] * (across[:, rows] * across[:, cols])
     return grid.scatter(u.nearest(points.fit, points.x), torch.cat([gain, curvature], 1))
-
-
-def _guarded_step(
-    u: Lattices, determinants: Tensor, delta: Tensor, matrix: Tensor, moving: Tensor, everywhere: bool
-) -> tuple[Lattices, Tensor]:
-    """Compose the fits `moving` [B] with delta, damped around the nodes where a field would stop being one-to-one.
-
-    With `everywhere` no position of any cell may fold, either. `determinants` are those of u; returns those of the
-    composed fields with them.
-    """
-    values, kept = u.values, determinants
-    left = torch.nonzero(moving)[:, 0]
-    allowed = (determinants - _ROUNDING).clamp(max=SMALLEST_JACOBIAN)
-    for reach in _REACHES:
-        here = _of(matrix, left)
-        moved = compose(Lattices(_of(u.values, left), _of(u.step_mm, left)), _of(delta, left), here)
-        found = jacobian(moved, here)
-        bad = found < _of(allowed, left)
-        damped = bad.flatten(1).any(1)
-        good = ~damped
-        if everywhere:
-            good &= _none_folds(moved, here)
-        values = _with(values, left[good], _of(moved.values, torch.nonzero(good)[:, 0]))
-        kept = _with(kept, left[good], _of(found, torch.nonzero(good)[:, 0]))
-        left, bad, damped = left[~good], bad[~good], damped[~good]
-        if not len(left):
-            break
-        share = torch.where(damped[:, None, None, None], 1 - _softened(bad, reach), 0.5)
-        delta = _with(delta, left, _of(delta, left) * share[:, None])
-    return Lattices(values, u.step_mm), kept
-
-
-def _of(values: Tensor, chosen: Tensor) -> Tensor:
-    """Rows in ascending order; without a copy if they are all."""
-    return values if len(chosen) == len(values) else values[chosen]
-
-
-def _with(values: Tensor, chosen: Tensor, rows: Tensor) -> Tensor:
-    """The values with other rows, in ascending order; without a copy if they are all."""
-    return rows if len(chosen) == len(values) else values.index_copy(0, chosen, rows)
-
-
-def _softened(bad: Tensor, reach: int) -> Tensor:
-    """One within `reach` nodes of a marked node, falling to zero over as many more: [B, nz, ny, nx]."""
-    if runs_compiled(bad):
-        return torch.from_numpy(fit_loops.softened(bad.numpy(), reach))
-    near = bad.float()
-    for axis, n in enumerate(bad.shape[1:]):
-        if n > 1:
-            near = _along(near, axis, lambda rows: max_pool1d(rows, 4 * reach + 1, 1, 2 * reach))
-            near = _along(
-                near, axis, lambda rows: avg_pool1d(pad(rows, (reach, reach), mode="replicate"), 2 * reach + 1, 1)
-            )
-    return near
-
-
-def _along(values: Tensor, axis: int, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply a function of rows [N, 1, n] along an axis, 0 to 2, of [B, nz, ny, nx]."""
-    moved = values.movedim(axis + 1, -1)
-    rows = function(moved.reshape(-1, 1, moved.shape[-1]))
-    return rows.reshape(moved.shape).movedim(-1, axis + 1)
-
-
-def _none_folds(u: Lattices, matrix: Tensor) -> Tensor:
-    """Whether the field of each fit keeps its cells from folding anywhere: bool [B]."""
-    fields = (Lattice(*each) for each in zip(u.values, u.step_mm, strict=True))
-    kept = [stays_above(field, affine, SMALLEST_JACOBIAN) for field, affine in zip(fields, matrix, strict=True)]
-    return torch.tensor(kept, device=matrix.device)

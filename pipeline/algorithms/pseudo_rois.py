@@ -21,7 +21,7 @@ from scipy.sparse import csgraph
 
 from pipeline.algorithms import metrics, warp
 from pipeline.algorithms.ddf import FitResult
-from pipeline.algorithms.roi_fields import Problem, Roi, RoiPair, Spacing
+from pipeline.algorithms.fit_problem import Problem, Roi, RoiPair, Spacing
 from pipeline.algorithms.roi_overlap import Bounds, carried_onto, index_bounds
 
 SAME = 0.5  # IoU above which two ROIs are one found twice

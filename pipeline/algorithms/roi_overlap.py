@@ -12,7 +12,7 @@ from scipy import ndimage
 from pipeline.algorithms import metrics, warp
 
 if TYPE_CHECKING:  # loads torch
-    from pipeline.algorithms.roi_fields import Roi, RoiPair
+    from pipeline.algorithms.fit_problem import Roi, RoiPair
 
 Mask = npt.NDArray[np.bool_]
 Triple = tuple[float, float, float]

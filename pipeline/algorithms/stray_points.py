@@ -15,8 +15,9 @@ from torch import Tensor
 
 from pipeline.algorithms import fit_loops
 from pipeline.algorithms.fit_config import TRUSTED
+from pipeline.algorithms.fit_problem import Problem, Triple
 from pipeline.algorithms.lattices import Lattices
-from pipeline.algorithms.roi_fields import Problem, RoiFields, Strays, Triple
+from pipeline.algorithms.roi_fields import RoiFields, Strays
 
 _LOOKED_AT = 15_000  # voxels of a fit, at most about, when such parts are looked for
 _WORTH = 0.005  # of the fixed ROI's voxels, from which a part counts

@@ -18,7 +18,7 @@ from pipeline.algorithms.roi_overlap import near_rois, roi_dice
 from storage.geometry import Geometry, center_alignment, moving_to_fixed
 
 if TYPE_CHECKING:
-    from pipeline.algorithms.roi_fields import RoiPair
+    from pipeline.algorithms.fit_problem import RoiPair
 
 Row = dict[str, Any]
 Field = npt.NDArray[np.float32]

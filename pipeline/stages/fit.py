@@ -35,7 +35,7 @@ from storage.warping import from_analysis, write_image
 
 if TYPE_CHECKING:  # these load torch, which only a process that fits needs
     from pipeline.algorithms.ddf import FitResult
-    from pipeline.algorithms.roi_fields import Problem
+    from pipeline.algorithms.fit_problem import Problem
 
 
 _VOXELS_AT_ONCE = 1 << 21  # of fixed images whose fields, of 12 bytes a voxel, are held together
@@ -195,7 +195,7 @@ def _fit(pack: _Pack, config: StudyConfig) -> list[_Fitted]:
 
 
 def _prepare(store: EmbeddingStore, item: _PairUnit) -> _Prepared:
-    from pipeline.algorithms.roi_fields import Problem
+    from pipeline.algorithms.fit_problem import Problem
 
     start = time.perf_counter()
     fixed, moving = store.read(item.pair.fixed), store.read(item.pair.moving)

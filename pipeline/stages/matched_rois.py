@@ -12,12 +12,12 @@ from pipeline.stages.evaluate import Reference
 from storage.embeddings import SubjectEmbedding
 
 if TYPE_CHECKING:  # loads torch
-    from pipeline.algorithms.roi_fields import Roi, RoiPair
+    from pipeline.algorithms.fit_problem import Roi, RoiPair
 
 
 def roi_pairs(fixed: SubjectEmbedding, moving: SubjectEmbedding, matches: list[dict[str, Any]]) -> list[RoiPair]:
     """Matched ROIs as crops of their slices, or of all slices of a class, weighted by confidence."""
-    from pipeline.algorithms.roi_fields import RoiPair
+    from pipeline.algorithms.fit_problem import RoiPair
 
     here = _rois(fixed, [row["fixed_roi"] for row in matches])
     there = _rois(moving, [row["moving_roi"] for row in matches])
@@ -43,7 +43,7 @@ def _class_roi(embedding: SubjectEmbedding, value: int) -> Roi:
 
 def _crop(mask: npt.NDArray[np.bool_], z: int) -> Roi:
     """The mask [d, H, W] from slice z on, cut to its bounding box in plane."""
-    from pipeline.algorithms.roi_fields import Roi
+    from pipeline.algorithms.fit_problem import Roi
 
     ys, xs = np.flatnonzero(mask.any(axis=(0, 2))), np.flatnonzero(mask.any(axis=(0, 1)))
     box = mask[:, ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
