@@ -84,9 +84,7 @@ def run_atlas(
     """
     start = time.time()
     folder = StudyFolder(Path(root).absolute())
-    run, plan = folder.read_run(), folder.read_plan()
-    if run is None or plan is None:
-        raise UsageError(f"{root} is not a study folder: it has no run.yaml and plan.json; start one with samreg run")
+    run, plan = folder.latest_run()
     config = atlas_config(make_config(run["config"]), settings, execution or {})
     with (
         stopped_by_full_disk(folder),

@@ -14,6 +14,7 @@ from pipeline import atlas_reduce, atlas_rois, atlas_tables
 from pipeline.algorithms import template
 from pipeline.algorithms.atlas_config import AtlasConfig
 from pipeline.algorithms.mean_shape import inverse_map, mean_map, node_lattice
+from pipeline.algorithms.spacing import shortest_edge_mm
 from pipeline.algorithms.warp import Array
 from pipeline.atlas_folder import IterationFolder, write_maps, write_volume
 from pipeline.config import StudyConfig
@@ -102,7 +103,8 @@ class Iteration:
         self.folder.drop_volumes()
         if self.folder.number > 1:
             self.folder.before().drop_inverses()
-        return Outcome(tuple(done), _edge(self.place.grid()))
+        grid = self.place.grid()
+        return Outcome(tuple(done), shortest_edge_mm(grid.shape, grid.spacing_mm))
 
     def map_rois(self, subjects: Sequence[str]) -> None:
         """Carry the cohort ROIs of the study, if it has any, onto the template and write where they lie."""
@@ -135,8 +137,7 @@ class Iteration:
                 self.failures.rows.update({stage: list(rows) for stage, rows in study.failures.rows.items()})
         by_name = {subject.subject: subject for subject in self.subjects}
         good = [pair for pair in pairs if pair.pair not in study.failures.pairs]
-        plan = study_folder.read_plan()
-        assert plan is not None
+        plan = study_folder.latest_plan()
         planned = dict(zip(plan["pairs"]["pair"], plan["pairs"]["fit"], strict=True))
         units = [AtlasUnit(index, by_name[pair.moving], pair.pair) for index, pair in enumerate(good)]
         return units, {pair.pair: planned[pair.pair] for pair in good}
@@ -261,7 +262,3 @@ class Iteration:
                 f"{len(units)} of {len(self.subjects)} subjects could be registered to the template; an atlas needs "
                 f"two. {self.folder.root.parent}/failures says why"
             )
-
-
-def _edge(grid: Geometry) -> float:
-    return min(grid.spacing_mm[1:]) if grid.shape[0] == 1 else min(grid.spacing_mm)

@@ -24,7 +24,7 @@ from typing import Any
 from pipeline.baseline_methods import Baseline
 from pipeline.config import StudyConfig, make_config, with_settings
 from pipeline.dispatch import Failure, open_executor
-from pipeline.errors import StudyError, UsageError
+from pipeline.errors import StudyError
 from pipeline.failures import FailureLog
 from pipeline.folder import StudyFolder
 from pipeline.inputs import DigestCache, InputDigests, digest_inputs
@@ -71,9 +71,7 @@ def run_baselines(
     """
     start = time.time()
     folder = StudyFolder(Path(root).absolute())
-    known, run = read_study_pairs(folder.root), folder.read_run()
-    if run is None:
-        raise UsageError(f"{root} is not a study folder: it has no run.yaml; start one with samreg run")
+    known, (run, _) = read_study_pairs(folder.root), folder.latest_run()
     given = {f"execution.{name}": value for name, value in (execution or {}).items()}
     config = with_settings(make_config(run["config"]), given)
     out = folder.root / "baselines"

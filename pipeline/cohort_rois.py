@@ -73,8 +73,7 @@ def write_cohort_rois(study: Path, min_paths: float) -> CohortRoiSummary:
     folder = StudyFolder(study)
     if min_paths < 1:
         raise UsageError(f"--min-paths is {min_paths:g}; it must be 1 or more")
-    if folder.read_plan() is None:
-        raise UsageError(f"{study} is not a study folder: it has no plan.json; start one with samreg run")
+    folder.latest_plan()
     with folder.lock():
         tracks = _read_tracks(study)
         left, right, confidence, keys = _read_edges(study, tracks)

@@ -46,9 +46,7 @@ def export_tables(study: Path, out: Path, formats: Sequence[str]) -> list[Path]:
         OSError: naming the file, for example when the disk is full.
     """
     folder = StudyFolder(study)
-    plan = folder.read_plan()
-    if plan is None:
-        raise UsageError(f"{study} is not a study folder: it has no plan.json; start one with samreg run")
+    plan = folder.latest_plan()
     subjects = _subjects(planned_subjects(plan))
     names = [name for name in tables.SCHEMAS if tables.part_names(study, name)]
     clear_abandoned([out, out / "tables"])

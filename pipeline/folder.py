@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.errors import FolderError
+from pipeline.errors import FolderError, UsageError
 from pipeline.heartbeat import Heartbeat
 from pipeline.lock import hold
 from pipeline.object_lock import hold_object
@@ -128,6 +128,32 @@ class StudyFolder:
             return None
         plan: dict[str, Any] = json.loads(read_bytes(path))
         return plan
+
+    def latest_run(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The record of a study and the plan of its latest run.
+
+        Raises:
+            UsageError: for a folder that no run has written to.
+            FolderError: for a record that cannot be read.
+        """
+        run = self.read_run()
+        if run is None:
+            raise self._no_study("run.yaml")
+        return run, self.latest_plan()
+
+    def latest_plan(self) -> dict[str, Any]:
+        """The plan of the latest run.
+
+        Raises:
+            UsageError: for a folder that no run has written to.
+        """
+        plan = self.read_plan()
+        if plan is None:
+            raise self._no_study("plan.json")
+        return plan
+
+    def _no_study(self, missing: str) -> UsageError:
+        return UsageError(f"{self.root} is not a study folder: it has no {missing}; start one with samreg run")
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
         """Replace `plan.json`."""

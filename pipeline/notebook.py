@@ -158,9 +158,7 @@ class OpenStudy:
         if is_remote(root):
             raise UsageError(f"{root}: open_study needs a folder; copy the study first, as by aws s3 sync {root} study")
         self.folder = StudyFolder(Path(root))
-        plan = self.folder.read_plan()
-        if plan is None:
-            raise UsageError(f"{root} is not a study folder: it has no plan.json; start one with samreg run")
+        plan = self.folder.latest_plan()
         self._subjects = {subject.subject: subject for subject in planned_subjects(plan)}
         self._pairs = {pair.pair: pair for pair in planned_pairs(plan) or ()}
 

@@ -99,9 +99,7 @@ def open_study(root: Path) -> Study:
         UsageError: for a folder that is no study, or has nothing that can be compared.
     """
     folder = StudyFolder(root)
-    run, plan = folder.read_run(), folder.read_plan()
-    if run is None or plan is None:
-        raise UsageError(f"{root} is not a study folder: it has no run.yaml and plan.json; start one with samreg run")
+    run, plan = folder.latest_run()
     wanted = {name: keys["prototypes"] for name, keys in plan["subjects"].items() if keys is not None}
     try:
         index = open_index(folder.store, folder.root / "query_index", wanted)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import results
-from pipeline.errors import UsageError
 from pipeline.folder import STAGES, StudyFolder
 from storage import tables
 from storage.embeddings import EmbeddingStore
@@ -60,9 +59,7 @@ def read_status(study: Path) -> Status:
         UsageError: for a folder that no run has written to.
     """
     folder = StudyFolder(study)
-    plan = folder.read_plan()
-    if plan is None:
-        raise UsageError(f"{study} is not a study folder: it has no plan.json; start one with samreg run")
+    plan = folder.latest_plan()
     rows = tables.read_table(folder.root, "failures").to_pylist()
     subjects: Mapping[str, Any] = plan["subjects"]
     pairs = _planned_pairs(plan)

@@ -88,9 +88,7 @@ def run_sweep(
     """
     start = time.time()
     folder = StudyFolder(Path(root).absolute())
-    run, plan = folder.read_run(), folder.read_plan()
-    if run is None or plan is None:
-        raise UsageError(f"{root} is not a study folder: it has no run.yaml and plan.json; start one with samreg run")
+    run, plan = folder.latest_run()
     changed = {**(execution or {}), "keep": "features"}
     config = with_settings(make_config(run["config"]), {f"execution.{key}": value for key, value in changed.items()})
     combinations = grid.combinations(config)

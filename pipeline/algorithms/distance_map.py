@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.algorithms.compiled import compiled
+from pipeline.algorithms.spacing import shortest_edge_mm
 
 _NONE = np.float32(1e30)  # squared distance where a line meets no voxel of the mask
 _BLOCK = 256
@@ -24,8 +25,7 @@ def signed_distance(
 
     Of a mask of one slice it is the distance in plane.
     """
-    flat = mask.shape[0] == 1
-    half = np.float32(0.5 * min(spacing_mm[1:] if flat else spacing_mm))
+    half = np.float32(0.5 * shortest_edge_mm(mask.shape, spacing_mm))
     found: npt.NDArray[np.float32] = _signed(np.ascontiguousarray(mask), np.array(spacing_mm, np.float32), margin, half)
     return found
 

@@ -9,6 +9,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.algorithms.spacing import shortest_edge_mm
+
 Triple: TypeAlias = tuple[int, int, int]
 Spacing: TypeAlias = tuple[float, float, float]
 
@@ -56,7 +58,7 @@ class Problem:
     @property
     def h0(self) -> float:
         """Smallest fixed spacing, the unit of the fit's lengths; of one slice, the smallest in plane."""
-        return min(self.spacing_mm[1:]) if self.shape[0] == 1 else min(self.spacing_mm)
+        return shortest_edge_mm(self.shape, self.spacing_mm)
 
     @property
     def in_plane(self) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipeline.algorithms.affine import Affine
 from pipeline.algorithms.lattice import Lattice
+from pipeline.algorithms.spacing import shortest_edge_mm
 
 NODES = 2.0
 TOLERANCE = 1e-3  # of the shortest lattice step
@@ -38,7 +39,7 @@ def lattice_over(shape: tuple[int, int, int], spacing_mm: tuple[float, float, fl
 
     Under a large deformation an inverse varies within a thick slice, so that a node per slice would miss much of it.
     """
-    reach = NODES * (min(spacing_mm[1:]) if shape[0] == 1 else min(spacing_mm))
+    reach = NODES * shortest_edge_mm(shape, spacing_mm)
     step = [s * int(reach / s + 1e-6) if s <= reach else s / math.ceil(s / reach - 1e-6) for s in spacing_mm]
     nodes = [math.ceil((n - 1) * s / d - 1e-6) + 1 for n, s, d in zip(shape, spacing_mm, step, strict=True)]
     return Lattice(torch.zeros((3, *nodes)), torch.tensor(step, dtype=torch.float32))

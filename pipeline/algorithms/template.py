@@ -10,6 +10,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from pipeline.algorithms.atlas_config import Average
+from pipeline.algorithms.spacing import shortest_edge_mm
 
 Volume = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -80,7 +81,7 @@ def filled(image: Volume) -> Volume:
 
 def sharpened(image: Volume, spacing_mm: Triple, amount: float) -> Volume:
     """The image plus `amount` of what a Gaussian of one shortest voxel edge takes away, [D, H, W] without NaN."""
-    edge = _edge(image, spacing_mm)
+    edge = shortest_edge_mm(image.shape, spacing_mm)
     sigma = [edge / step if n > 1 else 0 for n, step in zip(image.shape, spacing_mm, strict=True)]
     blurred = ndimage.gaussian_filter(image, sigma)
     return np.asarray(image + np.float32(amount) * (image - blurred), dtype=np.float32)
@@ -109,7 +110,3 @@ def correlation(a: Volume, b: Volume) -> float:
     if both.sum() < 2 or np.ptp(a[both]) == 0 or np.ptp(b[both]) == 0:
         return float("nan")
     return float(np.corrcoef(a[both], b[both])[0, 1])
-
-
-def _edge(image: Volume, spacing_mm: Triple) -> float:
-    return min(spacing_mm[1:]) if len(image) == 1 else min(spacing_mm)

@@ -20,6 +20,7 @@ from scipy import ndimage
 
 from pipeline.algorithms import metrics, warp
 from pipeline.algorithms.fit_config import RefineConfig
+from pipeline.algorithms.spacing import shortest_edge_mm
 
 Volume = npt.NDArray[np.float32]
 Triple = tuple[float, float, float]
@@ -47,7 +48,7 @@ def refine(
         moving_to_fixed: 4x4, moving-local mm to fixed-local mm.
         config: settings.
     """
-    h0 = min(spacing_mm[1:]) if len(fixed) == 1 else min(spacing_mm)
+    h0 = shortest_edge_mm(fixed.shape, spacing_mm)
     for level, iterations in enumerate(config.iterations):
         voxel_mm = h0 * 2 ** (len(config.iterations) - 1 - level)
         moved = warp.warp_image(
