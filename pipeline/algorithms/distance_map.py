@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def"
 """Exact Euclidean distance maps of masks, as fast as a fit needs them.
 
-One axis after the other (Saito and Toriwaki, Pattern Recognition 27, 1994), in millimetres, whole rows at a time and no
-further than the distance found: SciPy and SimpleITK take ten times as long for ROIs of common sizes, which at many of
-them was most of a fit.
+One axis after the other (Saito and Toriwaki, Pattern Recognition 27, 1994), in millimetres: in volumes whole rows at a
+time and no further than the distance found. SciPy and SimpleITK take ten times as long for ROIs of common sizes, which
+at many of them was most of a fit.
 """
 
 from __future__ import annotations
@@ -62,6 +62,9 @@ def _distance(mask, steps, margin):
             held = _along_row(mask[k, j], margin[2], steps[2], in_row[j, k])
             planes[k] |= held
             rows[j] |= held
+    if nz == 1:
+        _envelopes(in_row.reshape(height, nx), margin[1], steps[1], in_plane.reshape(ny, nx))
+        return in_plane.reshape(1, ny, nx)
     _spread(in_row.reshape(height, depth * nx), rows, margin[1], steps[1], in_plane.reshape(ny, depth * nx))
     slices = np.empty((depth, ny, nx), np.float32)
     for k in range(depth):
@@ -101,6 +104,36 @@ def _along_row(mask, margin, step, found):
 
 
 @compiled
+def _envelopes(source, first, step, found):
+    """What `_spread` finds, by the lower envelope of the parabolas of each column: sooner where distances are long.
+
+    After Felzenszwalb and Huttenlocher, Theory of Computing 8, 2012.
+    """
+    n, m = found.shape
+    lowest, height, start = np.empty(len(source)), np.empty(len(source)), np.empty(len(source))
+    for i in range(m):
+        count = 0
+        for q in range(len(source)):
+            if source[q, i] >= _NONE:
+                continue
+            place, begin = float(first + q), -np.inf
+            value = source[q, i] / np.float64(step * step)
+            while count:
+                k = count - 1
+                begin = (value - height[k]) / (place - lowest[k]) + (place + lowest[k])
+                if begin > start[k]:
+                    break
+                count, begin = k, -np.inf
+            lowest[count], height[count], start[count] = place, value, begin
+            count += 1
+        k = 0
+        for p in range(n):
+            while k + 1 < count and start[k + 1] < 2 * p:
+                k += 1
+            found[p, i] = step * step * ((p - lowest[k]) ** 2 + height[k])
+
+
+@compiled
 def _spread(source, held, first, step, found):
     """found[p] = min over q of source[q] + (step (p - first - q))^2 for every row p, element by element.
 
@@ -136,8 +169,8 @@ def _exceeds(values, limit):
     """Whether any is above a limit: counted by blocks, because a search is not vectorised."""
     for start in range(0, len(values), _BLOCK):
         count = 0
-        for value in values[start : start + _BLOCK]:
-            count += value > limit
+        for i in range(start, min(start + _BLOCK, len(values))):
+            count += values[i] > limit
         if count:
             return True
     return False
