@@ -43,7 +43,8 @@ segmenter (`component_tree`, which needs no weights), preset `recommended`, noth
   refined` has the higher Dice.
 - `s` is wall time of the registration alone on a machine with other load; `processor s` hardly depends on that. For
   `samreg refined` it counts everything from the encoded images to the written metrics, and in brackets with encoding,
-  whose cost is shared by all pairs of a subject. `MiB` is the largest memory of the process, libraries included.
+  whose cost is shared by all pairs of a subject. `MiB` is the largest memory of the process until then, with libraries
+  and whatever it had run before.
 """
 
 PAPER = """## The paper's own numbers
