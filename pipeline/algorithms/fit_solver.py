@@ -26,13 +26,28 @@ def _bands(nodes, ratio, count, first, weight):
 
 
 @compiled
+def _is_shift(first, nodes):
+    """Whether there is a control point on every node: rows are then computed without looking up where."""
+    for i in range(nodes):
+        if first[i] != i:
+            return False
+    return nodes > 1
+
+
+@compiled
 def _expand(d, firsts, weights, along_x, along_y, out):
     """Coefficients [c, cz, cy, cx] to values at the nodes, [c, nz, ny, nx] in `out`."""
     parts, cz, cy, cx = d.shape
     _, nz, ny, nx = out.shape
+    shifted, v = _is_shift(firsts[2], nx), weights[2, 0]
     for c in range(parts):
         for k in range(cz):
             for j in range(cy):
+                if shifted:
+                    for i in range(nx):
+                        total = v[0] * d[c, k, j, i] + v[1] * d[c, k, j, i + 1]
+                        along_x[k, j, i] = total + v[2] * d[c, k, j, i + 2]
+                    continue
                 for i in range(nx):
                     total = np.float32(0)
                     for a in range(min(_REACH, cx)):
@@ -60,6 +75,7 @@ def _collect(values, firsts, weights, along_x, along_y, out):
     """The adjoint of `_expand`: values at the nodes [c, nz, ny, nx] to [c, cz, cy, cx] in `out`."""
     parts, cz, cy, cx = out.shape
     _, nz, ny, nx = values.shape
+    shifted, v = _is_shift(firsts[2], nx), weights[2, 0]
     for c in range(parts):
         along_y.fill(0)
         along_x.fill(0)
@@ -77,6 +93,11 @@ def _collect(values, firsts, weights, along_x, along_y, out):
                     for i in range(nx):
                         along_x[k, other, i] += w * along_y[k, j, i]
             for j in range(cy):
+                if shifted:
+                    for a in range(_REACH - 1):
+                        for i in range(nx):
+                            out[c, k, j, i + a] += v[a] * along_x[k, j, i]
+                    continue
                 for i in range(nx):
                     for a in range(min(_REACH, cx)):
                         out[c, k, j, firsts[2, i] + a] += weights[2, i, a] * along_x[k, j, i]
